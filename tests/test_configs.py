@@ -1,0 +1,136 @@
+"""configs: one file of plain assignments, then --key=value, checked alike."""
+import ast
+import dataclasses
+import runpy
+from pathlib import Path
+
+import pytest
+
+import configs
+import data
+
+HERE = Path(configs.__file__).parent
+
+
+@dataclasses.dataclass
+class Config:
+    name: str = "run"
+    steps: int = 100
+    lr: float = 1e-3
+    flag: bool = True
+    quiet: bool = False
+    window: tuple = (-175.0, 250.0)
+    slab: tuple = (96, 96, 96)
+    spacing: tuple = ()
+    scans: str | tuple = ()
+    labels: dict = dataclasses.field(default_factory=dict)
+
+
+def ends(*argv, **options):
+    with pytest.raises(SystemExit) as caught:
+        configs.load(Config, list(argv), **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text):
+        (tmp_path / "x.py").write_text(text)
+        return str(tmp_path / "x.py")
+    return write
+
+
+def test_defaults_then_file_then_command_line_whatever_their_order(file):
+    path = file('"""What it is."""\nimport math\ndef f(): pass\nclass C: pass\n_hidden = 3\n'
+                'steps = 5\nlr = 2e-4\nscans = ["a/*", "b/*"]\n')
+    assert configs.load(Config, []) == Config()
+    assert configs.load(Config, [path]) == Config(steps=5, lr=2e-4, scans=("a/*", "b/*"))
+    for argv in ([path, "--steps=7"], ["--steps=7", path]):
+        assert configs.load(Config, argv) == Config(steps=7, lr=2e-4, scans=("a/*", "b/*"))
+
+
+VALUES = [
+    ("--name=2024", "name", "2024"), ("--name=a=b=c", "name", "a=b=c"), ("--name='quoted'", "name", "quoted"),
+    ("--name=runs/x", "name", "runs/x"), ("--name=None", "name", "None"), ("--name=", "name", ""),
+    ("--steps=100_000", "steps", 100000), ("--lr=1", "lr", 1.0), ("--lr=1e-5", "lr", 1e-5),
+    ("--flag=False", "flag", False), ("--quiet=True", "quiet", True), ("--quiet", "quiet", True),
+    ("--window=[0,1]", "window", (0.0, 1.0)), ("--window=-5,2.5", "window", (-5.0, 2.5)),
+    ("--slab=(64, 64, 32)", "slab", (64, 64, 32)), ("--spacing=(1,1.5,2)", "spacing", (1, 1.5, 2)),
+    ("--spacing=()", "spacing", ()), ("--scans=a/*.nii.gz", "scans", "a/*.nii.gz"), ("--scans=a=1/*", "scans", "a=1/*"),
+    ("--scans=('a', 'b')", "scans", ("a", "b")),
+    ("--labels={1: 'liver'}", "labels", {1: "liver"})]
+
+
+@pytest.mark.parametrize("text, key, value", VALUES)
+def test_command_line_values(text, key, value):
+    found = getattr(configs.load(Config, [text]), key)
+    assert found == value and type(found) is type(value)
+    if type(value) is tuple:
+        assert list(map(type, found)) == list(map(type, value))
+
+
+WRONG = [
+    ("flag", "'false'", "flag = 'false' is str, expected bool like True"), ("flag", "0", "flag = 0 is int, expected bool"),
+    ("steps", "1.5", "steps = 1.5 is float, expected int like 100"), ("steps", "True", "steps = True is bool, expected int"),
+    ("lr", "True", "lr = True is bool, expected float"), ("lr", "'fast'", "lr = 'fast' is str, expected float like 0.001"),
+    ("window", "(1.0,)", "window = (1.0,), expected 2 numbers like (-175.0, 250.0)"),
+    ("window", "(0.0, 'a')", "expected 2 numbers"), ("window", "(True, 1.0)", "expected 2 numbers"),
+    ("slab", "(96, 96)", "slab = (96, 96), expected 3 numbers"), ("slab", "96", "slab = 96 is int, expected tuple"),
+    ("slab", "(96, 96, 9.5)", "expected whole numbers like (96, 96, 96)"),
+    ("scans", "7", "scans = 7 is int, expected str or tuple"), ("labels", "[1]", "labels = (1,) is tuple, expected dict like {}"),
+    ("stepz", "3", "unknown config key 'stepz'; did you mean 'steps'?"),
+    ("zzz", "3", "unknown config key 'zzz'; known: name, steps,")]
+
+
+@pytest.mark.parametrize("key, text, words", WRONG)
+def test_mistakes_are_as_loud_in_a_file_as_on_the_command_line(file, key, text, words):
+    path = file(f"{key} = {text}\n")
+    assert words in ends(path) and ends(path).startswith(path)
+    assert words in ends(f"--{key}={text}") and ends(f"--{key}={text}").startswith("command line")
+
+
+def test_a_string_in_a_file_must_be_one(file):
+    assert "name = 2024 is int, expected str" in ends(file("name = 2024"))
+
+
+def test_words_that_look_like_values_are_refused():
+    assert "flag = 'false' is str" in ends("--flag=false")
+    assert "flag = 'no' is str" in ends("--flag=no")
+    assert ends("--steps") == "--steps: write overrides as --steps=VALUE"
+    assert "unknown config key 'fast'" in ends("--fast=1")
+
+
+def test_files_that_are_not_there_or_too_many(file, tmp_path):
+    path = file("steps = 5")
+    assert ends(str(tmp_path / "y.py")) == f"{tmp_path}/y.py: no such config file; there are: {path}"
+    assert "one config file expected, found 2" in ends(path, path)
+    assert "no such config file" in ends("nowhere/y.py")
+
+
+def test_foreign_keys_are_named_and_left_alone_but_only_in_a_file(file, capsys):
+    path = file("steps = 5\nmomentum = 0.9\ntask = 'x'\n")
+    assert "unknown config key 'momentum'" in ends(path)
+    assert configs.load(Config, [path], foreign=True) == Config(steps=5)
+    assert capsys.readouterr().out == "keys left to other scripts: momentum, task\n"
+    assert "unknown config key 'momentum'" in ends(path, "--momentum=0.9", foreign=True)
+    assert "steps = 'x' is str" in ends(file("steps = 'x'"), foreign=True)
+
+
+def test_a_dumped_configuration_is_a_configuration(file):
+    cfg = Config(name="it's \"x\"\\n", steps=7, lr=1e-300, flag=False, window=(0.1, 1 / 3), spacing=(1, 1.5), scans=("a", "b c"),
+                 labels={1: "a", 2: "b"})
+    text = configs.dump(cfg)
+    assert configs.load(Config, [file(text)]) == cfg
+    assert [line.split(" = ")[0] for line in text.splitlines()] == [f.name for f in dataclasses.fields(Config)]
+    assert ast.literal_eval(text.splitlines()[2].split(" = ")[1]) == 1e-300
+    full = data.Config(labels={1: "liver"}, remap={4: 3}, scans=("a",))
+    assert configs.load(data.Config, [file(configs.dump(full))]) == full
+
+
+@pytest.mark.parametrize("path", sorted(HERE.glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_every_shipped_config_fits_the_data_keys_and_can_be_stored(path, file, capsys):
+    cfg = configs.load(data.Config, [str(path)], foreign=True)
+    for key, value in runpy.run_path(str(path)).items():
+        assert key[0] == "_" or getattr(cfg, key, value) == value   # keys of other scripts are left alone
+    assert configs.load(data.Config, [file(configs.dump(cfg))]) == cfg
