@@ -266,8 +266,8 @@ def plain_terms(tokens, tokens_, M_gt, valid, valid_, plan, structure, _):
 
 
 def blocked_terms(tokens, tokens_, M_gt, valid, valid_, plan, structure, block):
-    """`plain_terms` for many tokens. log M_hat(i, j) of a match needs s_ij and a logsumexp over row i and over column j: a list of
-    matches (m,) and a few numbers per token are all that has to be kept."""
+    """`plain_terms` for many tokens. log M_hat(i, j) of a match needs s_ij and a logsumexp over row i and over column j: a list
+    of matches (m,) and a few numbers per token are all that has to be kept."""
     (temperature, iterations, bin_score), (form, detach, temperature_sr) = plan, structure
     q, k, size = unit(tokens), unit(tokens_), max(1, block ** 2 // tokens.shape[1])
     b, i, j = (M_gt.nonzero() if M_gt.dtype == torch.bool else M_gt).unbind(dim=1)
@@ -303,8 +303,8 @@ def row_logsumexp(q, k, temperature, size, v):      # (b, t): logsumexp over j o
 
 
 def row_sharpe_ratio(q, k, valid_, size):
-    """`sharpe_ratio` of q's tokens, and the index of each one's most similar valid token of k. Mean and variance of q_i . k_j over
-    j follow from the mean and covariance of k (much faster): only the place of the peak has to be searched for."""
+    """`sharpe_ratio` of q's tokens, and the index of each one's most similar valid token of k. Mean and variance of q_i . k_j
+    over j follow from the mean and covariance of k (much faster): only the place of the peak has to be searched for."""
     where, out_ = rearrange(valid_, "b j -> b j 1"), ~rearrange(valid_, "b j -> b 1 j")
     with torch.no_grad():
         nearest = by_rows(lambda part, _: products(part, k).masked_fill(out_, LOW).argmax(dim=2), q, size)

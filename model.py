@@ -27,6 +27,9 @@ MERGING = (0, 4, 2, 1, 6, 5, 3, 7)       # MONAI's "merging" since January 2025;
 LEGACY = (0, 4, 2, 1, 5, 2, 1, 7)        # MONAI's "merging" before: 010 and 001 twice, 110 and 011 never
 
 
+for operation in (rearrange, reduce, repeat):
+    torch.compiler.allow_in_graph(operation)     # else torch.compile spends most of its time on tracing einops' own Python
+
 # ---------------------------------------------------------------------------------------------------------------- layers
 
 def precise(x):
@@ -53,25 +56,25 @@ def run(module, checkpointing, *inputs):
     return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)     # nothing here draws numbers
 
 
-def attend(q, k, v, bias, cuts, shut=None, axis=0):
-    """Attention within each window: q, k, v (b, nx, ny, nz, h, n, d) and bias (h, n, n) -> (b, nx, ny, nz, h, n, d).
+def attend(qkv, bias, cuts, shut=None, axis=0):
+    """Attention within each window: q, k, v as (3, b, nx, ny, nz, h, n, d) and bias (h, n, n) -> (b, nx, ny, nz, h, n, d).
 
     cuts: for x, y, z None, or (n, n) bool: the pairs that are neighbours only because the volume was rolled along that axis.
     They meet in the last window of the axis alone. So there are at most eight kinds of window, each with one bias for all its
     windows, and a mask of (windows, n, n), larger than all activations, is never held.
     """
     if axis == 3:
-        grid = dict(zip(("b", "x", "y", "z"), q.shape))
+        grid = dict(zip(("b", "x", "y", "z"), qkv.shape[1:]))
         if shut is not None:
             bias = bias - 100.0 * shut                     # as MONAI: shut out by a factor exp(-100)
-        q, k, v = (rearrange(each, "b x y z h n d -> (b x y z) h n d") for each in (q, k, v))
+        q, k, v = rearrange(qkv, "s b x y z h n d -> s (b x y z) h n d")
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
         return rearrange(x, "(b x y z) h n d -> b x y z h n d", **grid)
     if cuts[axis] is None:
-        return attend(q, k, v, bias, cuts, shut, axis + 1)
-    inner, last = zip(*(each.split([each.shape[axis + 1] - 1, 1], dim=axis + 1) for each in (q, k, v)))
+        return attend(qkv, bias, cuts, shut, axis + 1)
+    inner, last = qkv.split([qkv.shape[axis + 2] - 1, 1], dim=axis + 2)
     edge = cuts[axis] if shut is None else shut | cuts[axis]
-    return torch.cat([attend(*inner, bias, cuts, shut, axis + 1), attend(*last, bias, cuts, edge, axis + 1)], dim=axis + 1)
+    return torch.cat([attend(inner, bias, cuts, shut, axis + 1), attend(last, bias, cuts, edge, axis + 1)], dim=axis + 1)
 
 
 class Block(nn.Module):
@@ -103,14 +106,14 @@ class Block(nn.Module):
         x = pad(x, (wx, wy, wz), first=1)
         x = torch.roll(x, [-s for s in shift], dims=(1, 2, 3)) if any(shift) else x
         grid = dict(wx=wx, wy=wy, wz=wz, nx=x.shape[1] // wx, ny=x.shape[2] // wy, nz=x.shape[3] // wz)
-        q, k, v = rearrange(self.qkv(x), "b (nx wx) (ny wy) (nz wz) (q h d) -> q b nx ny nz h (wx wy wz) d",
-                            q=3, h=self.heads, **grid)
+        qkv = rearrange(self.qkv(x), "b (nx wx) (ny wy) (nz wz) (s h d) -> s b nx ny nz h (wx wy wz) d",
+                        s=3, h=self.heads, **grid)
         bias = rearrange(self.table[self.offsets[: wx * wy * wz, : wx * wy * wz]], "n m h -> h n m")
         cuts = [None, None, None]
         if any(shift):
             apart = rearrange(self.cuts[:, :wx, :wy, :wz, :wx, :wy, :wz], "a x y z i j k -> a (x y z) (i j k)")
             cuts = [cut if s else None for cut, s in zip(apart, shift)]
-        x = attend(q, k, v, bias, cuts)
+        x = attend(qkv, bias, cuts)
         x = self.project(rearrange(x, "b nx ny nz h (wx wy wz) d -> b (nx wx) (ny wy) (nz wz) (h d)", **grid))
         x = torch.roll(x, shift, dims=(1, 2, 3)) if any(shift) else x
         return x[:, : size[0], : size[1], : size[2]]
@@ -229,6 +232,7 @@ class Swin3D(nn.Module):
                    2025, two twice and two never, under which every older public checkpoint was trained
     checkpointing  trade time for memory: activations of a block are computed again in the backward pass
     arguments      (attribute) the constructor's arguments, so that a checkpoint can state them
+    torch.compile makes one graph of it; with dynamic=False a new size takes seconds, as a symbolic size minutes.
     Raises ValueError for arguments that do not fit each other and for a volume of another rank or channel count.
     """
 
