@@ -1,0 +1,2202 @@
+"""Stage 3: score a network as the field does, and show what it learned.
+
+Five parts, pure functions on arrays: 1. sliding window, and back to the scan's own grid; 2. metrics; 3. statistics;
+4. probes of features; 5. pictures.  numpy arrays and CPU tensors are both welcome in 2 to 5.
+Axis letters: b batch, c channel, k class, x y z voxels (RAS+: to the patient's right, front and head), n cases, t tokens.
+scikit-learn and matplotlib are needed by parts 4 and 5 alone and imported there.
+"""
+import csv
+import dataclasses
+import fnmatch
+import functools
+import hashlib
+import importlib
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from scipy import ndimage
+from scipy.spatial import cKDTree
+from scipy.stats import rankdata
+
+import configs
+import data
+import losses
+from model import Classifier, Swin3D, SwinUNETR, WeightsError, load_weights, read_file
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. sliding window, and back to the scan's own grid
+
+
+@torch.no_grad()
+def sliding_window(predict, volume, window, overlap, batch, blend="gaussian", foreground=None, device=None, store=None,
+                   outside=0.0, pad=0.0):
+    """Run `predict` on overlapping windows and blend what it says into one map of the whole volume.
+
+    predict     (n, c, *window) -> (n, k, *window), n <= batch; called on `device`, and must keep no hold of its input
+    volume      (b, c, x, y, z), on any device: windows are copied from where it lies
+    window      voxels, one number or three;   overlap  share of the window in [0, 1), one number or three
+    batch       windows per call of predict
+    blend       "gaussian": weight exp(-d^2 / 2 sigma^2), sigma = window / 8, nowhere below 1e-3; "constant": plain mean
+    foreground  (x, y, z) bool or None: windows without a True voxel are not run; a voxel that no window covers then
+                gets `outside`, one number or one per class.  0 makes class 0 of an argmax and no region of a
+                sigmoid > 0.5; probabilities want (1, 0, .. 0), softmax logits (20, -20, .. -20), region logits -20
+    device      where predict runs, default the volume's
+    store       "device", "cpu", or None: on the device if, after the first batch, 9/10 of its free memory hold the
+                output, else on the CPU
+    pad         value around a volume that is smaller than the window (half before, half after; cropped off again)
+    returns     (b, k, x, y, z), float32 or wider, where it was stored
+
+    Beside the output it holds one batch of windows, its prediction, and two weight slabs of window x volume y x volume
+    z (one channel).  Grid and weights are those of MONAI's sliding_window_inference (sigma_scale 0.125), so both agree.
+    Raises ValueError for shapes, overlap, blend or store that do not fit, and for a foreground without a True voxel.
+    """
+    window, size = _three(window), volume.shape[2:]
+    volume, before, starts, keep = _grid(volume, window, _three(overlap), batch, foreground, pad)
+    corners = [[axis[i] for axis, i in zip(starts, index)] for index in keep.nonzero().tolist()]
+    jobs = [(i, *(slice(s, s + w) for s, w in zip(corner, window))) for i in range(len(volume)) for corner in corners]
+    device = volume.device if device is None else torch.device(device)
+    stack = torch.empty(batch, volume.shape[1], *window, dtype=volume.dtype, device=device)
+    total, weight = None, _weight(window, blend)
+    for first in range(0, len(jobs), batch):
+        group = jobs[first:first + batch]
+        for slot, (i, x, y, z) in zip(stack, group):
+            slot.copy_(volume[i, :, x, y, z])
+        part = predict(stack[:len(group)])
+        if total is None:
+            total = _output(part, len(group), volume, window, store)
+            weight = weight.to(total)
+        part = part.to(total)
+        for p, (i, x, y, z) in zip(part, group):
+            total[i, :, x, y, z].addcmul_(p, weight)                       # in place, nothing allocated per window
+        part = p = None                                                    # or the next batch would lie beside this one
+    _normalise(total, weight, starts, keep, outside)
+    x, y, z = (slice(b, b + s) for b, s in zip(before, size))
+    return total[:, :, x, y, z]
+
+
+def _three(value):
+    """One number for all three axes, or a number per axis."""
+    value = (value,) * 3 if isinstance(value, (int, float)) else tuple(value)
+    if len(value) != 3:
+        raise ValueError(f"expected one number or three, found {value}")
+    return value
+
+
+def _grid(volume, window, overlap, batch, foreground, pad):
+    """The volume, padded to hold a window; the margin before it; first voxels of the windows per axis; which are run."""
+    size = volume.shape[2:]
+    if volume.ndim != 5 or (foreground is not None and tuple(foreground.shape) != tuple(size)):
+        raise ValueError(f"sliding_window: expected volume (b, c, x, y, z), foreground (x, y, z) or None; found "
+                         f"{tuple(volume.shape)}, {None if foreground is None else tuple(foreground.shape)}")
+    if min(window) < 1 or batch < 1 or not all(0 <= o < 1 for o in overlap):
+        raise ValueError(f"sliding_window: expected window and batch >= 1, 0 <= overlap < 1, found {window}, {batch}, {overlap}")
+    before = [max(w - s, 0) // 2 for w, s in zip(window, size)]
+    margins = [m for s, w, m0 in zip(size[::-1], window[::-1], before[::-1]) for m in (m0, max(w - s, 0) - m0)]
+    if any(margins):                                                       # F.pad counts from the last axis
+        volume = F.pad(volume, margins, value=pad)
+    size, starts = volume.shape[2:], []
+    for s, w, o in zip(size, window, overlap):                             # a fixed step; the last window moves back
+        starts.append([*range(0, s - w, max(int(w * (1 - o)), 1)), s - w])
+    if foreground is None:
+        return volume, before, starts, torch.ones([len(axis) for axis in starts], dtype=torch.bool)
+    keep = F.pad(torch.as_tensor(foreground).bool().cpu(), margins)
+    for axis in range(3):                                                  # (x, y, z) voxels -> (i, j, k) windows
+        keep = torch.stack([keep.narrow(axis, s, window[axis]).any(axis) for s in starts[axis]], axis)
+    if not keep.any():
+        raise ValueError("sliding_window: foreground holds no True voxel, so there is no window to run")
+    return volume, before, starts, keep
+
+
+def _weight(window, blend):
+    """(x, y, z) weight of a window's voxels."""
+    if blend == "constant":
+        return torch.ones(window)
+    if blend != "gaussian":
+        raise ValueError(f"sliding_window: blend must be 'gaussian' or 'constant', found {blend!r}")
+    x, y, z = (torch.exp(-0.5 * ((torch.arange(w) - (w - 1) / 2) / (w / 8)) ** 2) for w in window)
+    return torch.einsum("x,y,z->xyz", x, y, z).clamp(min=1e-3)
+
+
+def _output(part, n, volume, window, store):
+    """Zeros for the whole volume, placed after the first batch, when the network has taken the memory that it needs."""
+    if part.ndim != 5 or part.shape[0] != n or tuple(part.shape[2:]) != window:
+        raise ValueError(f"sliding_window: predict must return ({n}, classes, *{window}), found {tuple(part.shape)}")
+    if store not in (None, "device", "cpu"):
+        raise ValueError(f"sliding_window: store must be 'device', 'cpu' or None, found {store!r}")
+    shape, dtype = (len(volume), part.shape[1], *volume.shape[2:]), torch.promote_types(part.dtype, torch.float32)
+    if store is None and part.device.type == "cuda":
+        store = "device" if np.prod(shape) * dtype.itemsize < 0.9 * torch.cuda.mem_get_info(part.device)[0] else "cpu"
+    return torch.zeros(shape, dtype=dtype, device=part.device if store == "device" else "cpu")
+
+
+def _normalise(total, weight, starts, keep, outside):
+    """Divide `total` (b, k, x, y, z) in place by the summed weights, planes of x at a time, and fill what is uncovered.
+
+    The weights of all windows that start at one x form a slab; slabs of neighbouring x are equal unless windows were
+    skipped, so on a full grid one slab serves all.  A plane is finished when the next window starts beyond it.
+    """
+    size, value = total.shape[2:], torch.as_tensor(outside, dtype=total.dtype, device=total.device)
+    if value.numel() not in (1, total.shape[1]):
+        raise ValueError(f"sliding_window: outside must be one number or {total.shape[1]}, one per class, found {outside}")
+    summed = weight.new_zeros(len(weight), *size[1:])
+    for i, x in enumerate(starts[0]):
+        if i == 0 or not torch.equal(keep[i], keep[i - 1]):
+            slab = torch.zeros_like(summed)
+            for j, k in keep[i].nonzero().tolist():
+                y, z = starts[1][j], starts[2][k]
+                slab[:, y:y + weight.shape[1], z:z + weight.shape[2]] += weight
+        summed += slab
+        stop = starts[0][i + 1] if i + 1 < len(starts[0]) else size[0]
+        planes, finished = total[:, :, x:stop], summed[:stop - x]
+        planes /= finished
+        if not keep.all():
+            hole = finished == 0
+            planes[:, :, hole] = value.reshape(-1, 1)
+        finished.zero_()
+        summed = summed.roll(x - stop, 0)
+
+
+def to_original(array, affine_pre, affine_orig, shape_orig, order, fill=0):
+    """Bring a prediction from the preprocessed grid to the scan's own voxels: undoes cropping, spacing and orientation.
+
+    array        (x, y, z) or (k, x, y, z) on the preprocessed grid, numpy or tensor
+    affine_*     (4, 4) voxel -> mm of either grid;   shape_orig  (3,) voxels of the scan as stored
+    order        1: linear, for probabilities, class by class; 0: nearest, for ids
+    fill         value of voxels beyond the preprocessed grid (0 in all classes is class 0 by argmax)
+    returns      tensor (.., *shape_orig), the array's dtype (linear: float32 or wider); exact where voxel centres meet
+
+    A voxel fills half a step to each side of its centre, so that the rim of a scan that was merely resampled keeps its
+    prediction; scipy and nibabel stop at the outermost centres.  Beside the output it holds about three volumes.
+    Raises ValueError for another order or rank, and for grids that are rotated against each other (data.py makes none).
+    """
+    array, affine_pre, affine_orig = torch.as_tensor(array), np.asarray(affine_pre, float), np.asarray(affine_orig, float)
+    if array.ndim not in (3, 4) or order not in (0, 1):
+        raise ValueError(f"to_original: expected (x, y, z) or (k, x, y, z) and order 0 or 1, found {tuple(array.shape)}, {order}")
+    matrix = np.linalg.inv(affine_pre) @ affine_orig                       # voxel of the scan -> voxel of the array
+    reach = np.abs(matrix[:3, :3]) * np.asarray(shape_orig)                # voxels from end to end of the scan
+    owner = reach.argmax(1)                                                # axis of the scan that each axis follows
+    if len(set(owner)) < 3 or (reach.sum(1) - reach.max(1) > 0.01).any():
+        raise ValueError(f"to_original: the grids are turned against each other: {affine_pre.tolist()}, {affine_orig.tolist()}")
+    if order == 1:
+        array = array.to(torch.promote_types(array.dtype, torch.float32))
+    volumes = array if array.ndim == 4 else array[None]
+    out = torch.empty(len(volumes), *shape_orig, dtype=array.dtype, device=array.device)
+    for place, one in zip(out, volumes):
+        place.copy_(_resample(one, matrix, owner, shape_orig, order, fill))
+    return out if array.ndim == 4 else out[0]
+
+
+def _resample(volume, matrix, owner, shape, order, fill):
+    """Three one-dimensional interpolations: the grids differ by order, sign, step and offset of their axes alone."""
+    inside = []
+    for axis, j in enumerate(owner):                                       # axis of the array, axis j of the scan
+        n = volume.shape[axis]
+        at = np.round(matrix[axis, j] * np.arange(shape[j]) + matrix[axis, 3], 5)     # centres that meet, meet exactly
+        inside.append((at >= -0.5) & (at <= n - 0.5))
+        at = at.clip(0, n - 1)
+        low = np.floor(at if order == 1 else at + 0.5).astype(np.int64).clip(0, n - 1)
+        part = volume.index_select(axis, torch.from_numpy(low).to(volume.device))
+        if order == 1 and (at != low).any():
+            high = torch.from_numpy((low + 1).clip(max=n - 1)).to(volume.device)
+            share = torch.from_numpy(at - low).to(volume).reshape([-1 if m == axis else 1 for m in range(3)])
+            part.lerp_(volume.index_select(axis, high), share)
+        volume = part
+    for axis in range(3):
+        volume.index_fill_(axis, torch.from_numpy(np.flatnonzero(~inside[axis])).to(volume.device), fill)
+    names = dict(zip(owner.tolist(), "xyz"))
+    return rearrange(volume, f"x y z -> {names[0]} {names[1]} {names[2]}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. metrics
+
+
+def _pair(name, prediction, target, kinds):
+    """Both as numpy arrays, of one shape and of a kind that the metric takes."""
+    prediction, target = np.asarray(prediction), np.asarray(target)
+    if prediction.shape != target.shape:
+        raise ValueError(f"{name}: prediction and target must have one shape, found {prediction.shape} and {target.shape}")
+    for which, array in (("prediction", prediction), ("target", target)):
+        if array.dtype.kind not in kinds:
+            expected = {"b": "bool", "iubf": "real"}[kinds]
+            raise ValueError(f"{name}: {which} must be {expected}, found {array.dtype}")
+    return prediction, target
+
+
+def dice(prediction, target, classes):
+    """Dice of every class: 2 |P and T| / (|P| + |T|); 1 the same voxels, 0 none in common.
+
+    prediction, target  (x, y, z) or any one shape, whole numbers 0 .. classes - 1
+    returns             (classes,) float64, id 0 first; NaN: absent from both, to be left out of means;
+                        0: absent from one only
+    Raises ValueError for other shapes, ids beyond the classes and fractions.
+    """
+    prediction, target = (_ids("dice", ids, classes) for ids in _pair("dice", prediction, target, "iubf"))
+    count = [np.bincount(ids.ravel(), minlength=classes) for ids in (prediction, target, target[prediction == target])]
+    return _dice(*count)
+
+
+def dice_regions(prediction, target):
+    """Dice of masks that may overlap, such as BraTS TC, WT, ET.
+
+    prediction, target  (r, x, y, z) bool;   returns (r,) float64, as `dice`
+    """
+    prediction, target = _pair("dice_regions", prediction, target, "b")
+    axes = tuple(range(1, prediction.ndim))
+    return _dice(prediction.sum(axes), target.sum(axes), (prediction & target).sum(axes))
+
+
+def _ids(name, array, classes):
+    """Whole numbers in 0 .. classes - 1, whatever their type; label maps are often read as float32."""
+    ids = array.astype(np.int64)
+    if (ids != array).any() or (ids.size and not 0 <= ids.min() <= ids.max() < classes):
+        raise ValueError(f"{name}: ids must be whole numbers in 0 .. {classes - 1}, found {array.min()} .. {array.max()}")
+    return ids
+
+
+def _dice(predicted, true, both):
+    """(k,) from counts of voxels, NaN where there are none."""
+    size = predicted + true
+    return np.divide(2.0 * both, size, out=np.full(len(size), np.nan), where=size > 0)
+
+
+def regions(labels, groups):
+    """(x, y, z) ids -> (r, x, y, z) bool: voxel belongs to region r if its id is one of groups[r].
+
+    BraTS21: groups = ((1, 4), (1, 2, 4), (4,)) are TC, WT, ET.
+    """
+    return np.stack([np.isin(labels, group) for group in groups])
+
+
+def hausdorff95(prediction, target, spacing):
+    """95 % Hausdorff distance in mm: of both directed surface distances the 95th percentiles, and of these the larger.
+
+    prediction, target  (x, y, z) bool;   spacing  (3,) mm
+    returns             float >= 0; NaN: absent from both; inf: absent from one, which has no distance: count these
+                        and average the rest, or put a penalty in their place (BraTS: 373.13 mm, its volume's diagonal)
+
+    Surface: voxels of the mask with a face neighbour outside it, or at the volume's edge.  As MONAI's
+    HausdorffDistanceMetric(percentile=95).
+    Nearest surface voxels by k-d tree: exact, and unlike a distance transform it costs no more for far outliers.
+    """
+    prediction, target = _pair("hausdorff95", prediction, target, "b")
+    if not (prediction.any() and target.any()):
+        return np.inf if prediction.any() or target.any() else np.nan
+    surfaces = [_surface(mask) * np.asarray(spacing, float) for mask in (prediction, target)]
+    trees = [cKDTree(points) for points in surfaces]
+    return float(max(np.percentile(trees[1 - i].query(surfaces[i])[0], 95) for i in range(2)))
+
+
+def _surface(mask):
+    """(x, y, z) bool -> (m, 3) voxels on the mask's inner surface."""
+    box = ndimage.find_objects(mask.astype(np.uint8))[0]                  # whatever lies beyond is not in the mask
+    corner = [axis.start for axis in box]
+    return np.argwhere(mask[box] & ~ndimage.binary_erosion(mask[box])) + corner
+
+
+def false_volumes(prediction, target, spacing):
+    """AutoPET's false positive and false negative volume in ml (val_script.py of lab-midas/autoPET at 8da2f7e).
+
+    prediction, target  (x, y, z) bool;   spacing  (3,) mm
+    returns             (fp, fn): volume of predicted lesions that touch no true voxel, of true lesions that no predicted
+                        voxel touches.  A lesion is an 18-connected component (voxels that share a face or an edge)
+    """
+    prediction, target = _pair("false_volumes", prediction, target, "b")
+    voxel = float(np.prod(np.asarray(spacing, float))) / 1000             # mm^3 -> ml
+    return _missed(prediction, target) * voxel, _missed(target, prediction) * voxel
+
+
+def _missed(lesions, other):
+    """Voxels in the components of `lesions` that hold no voxel of `other`."""
+    parts, _ = ndimage.label(lesions, ndimage.generate_binary_structure(3, 2))
+    size = np.bincount(parts.ravel())
+    size[np.unique(parts[other])] = 0
+    return int(size[1:].sum())
+
+
+def psnr(prediction, target, data_range):
+    """Peak signal to noise ratio in dB, 10 log10(data_range^2 / mean squared error); inf for equal images.
+
+    prediction, target  one shape, real;   data_range  the largest minus the smallest value that the images can take:
+                        state it beside the number, which means nothing without it
+    """
+    prediction, target = _pair("psnr", prediction, target, "iubf")
+    _positive("psnr", data_range)
+    error = np.mean(np.subtract(prediction, target, dtype=np.float64) ** 2)
+    return np.inf if error == 0 else float(10 * np.log10(data_range**2 / error))
+
+
+def ssim(prediction, target, data_range, window=7):
+    """Mean structural similarity (Wang et al. 2004) in three dimensions; 1 equal, 0 unrelated.
+
+    prediction, target  (x, y, z) real, sides of at least `window`;   data_range as in `psnr`;   window  odd, voxels
+
+    Uniform window, sample covariance, K1 = 0.01, K2 = 0.03, windows that leave the volume not counted: the defaults of
+    skimage.metrics.structural_similarity, but in float64.  Works on slabs of x, so memory stays small on whole bodies.
+    """
+    prediction, target = _pair("ssim", prediction, target, "iubf")
+    _positive("ssim", data_range)
+    if prediction.ndim > 3 and prediction.size == np.prod(prediction.shape[-3:]):                    # b and c of one
+        prediction, target = (a.reshape(a.shape[-3:]) for a in (prediction, target))
+    if prediction.ndim != 3 or window % 2 == 0 or min(prediction.shape) < window:
+        raise ValueError(f"ssim: expected three sides of at least window = {window} voxels, odd; found {prediction.shape}")
+    total, count, valid = 0.0, 0, (slice(window // 2, -(window // 2) or None),) * 3
+    for first in range(0, prediction.shape[0] - window + 1, 64):
+        planes = slice(first, first + 64 + window - 1)
+        p, t = prediction[planes].astype(np.float64), target[planes].astype(np.float64)
+        mean_p, mean_t, pp, tt, pt = (ndimage.uniform_filter(v, window)[valid] for v in (p, t, p * p, t * t, p * t))
+        sample = window**3 / max(window**3 - 1, 1)
+        var_p, var_t, cov = sample * (pp - mean_p**2), sample * (tt - mean_t**2), sample * (pt - mean_p * mean_t)
+        c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+        score = (2 * mean_p * mean_t + c1) * (2 * cov + c2) / ((mean_p**2 + mean_t**2 + c1) * (var_p + var_t + c2))
+        total, count = total + score.sum(), count + score.size
+    return float(total / count)
+
+
+def nmse(prediction, target):
+    """Normalised mean squared error, sum (p - t)^2 / sum t^2; 0 equal, 1 as bad as an image of zeros.
+
+    For a target that was z-scored over the whole volume this is the mean squared error.
+    """
+    prediction, target = _pair("nmse", prediction, target, "iubf")
+    power = np.sum(np.square(target, dtype=np.float64))
+    if power == 0:
+        raise ValueError("nmse: target is zero everywhere, so the error cannot be normalised")
+    return float(np.sum(np.subtract(prediction, target, dtype=np.float64) ** 2) / power)
+
+
+def _positive(name, data_range):
+    if not (np.isfinite(data_range) and data_range > 0):
+        raise ValueError(f"{name}: data_range must be finite and above 0, found {data_range}")
+
+
+def classification_scores(probabilities, labels):
+    """Scores of a classifier, the larger class's share beside them.
+
+    probabilities  (n, k), rows sum to one;   labels  (n,) integer ids 0 .. k - 1
+    returns        dict of plain numbers and lists:
+        accuracy           share of cases whose most probable class (the first of equals) is the true one
+        majority_accuracy  accuracy of always naming the most frequent class of these labels
+        recall             [k] share of each class's cases found; NaN for a class without a case
+        balanced_accuracy  mean recall of the classes that have cases
+        auc                [k] one-vs-rest area under the ROC curve, ties count half; NaN without cases on both sides
+        auc_mean           mean of those (macro)
+        confusion          [k][k] cases, rows true, columns predicted
+    """
+    probabilities, labels = np.asarray(probabilities, float), np.asarray(labels)
+    n, k = probabilities.shape
+    if labels.shape != (n,) or labels.dtype.kind not in "iu" or not n or not 0 <= labels.min() <= labels.max() < k:
+        raise ValueError(f"classification_scores: labels must be ({n},) integers below {k}, found {labels.dtype} {labels.shape}")
+    if not np.isfinite(probabilities).all():
+        raise ValueError("classification_scores: probabilities hold NaN or infinite values")
+    confusion = np.zeros((k, k), int)
+    np.add.at(confusion, (labels, probabilities.argmax(1)), 1)
+    cases = confusion.sum(1)
+    recall = np.divide(confusion.diagonal(), cases, out=np.full(k, np.nan), where=cases > 0)
+    auc = []
+    for c in range(k):                                                     # Mann-Whitney: how often a case outranks the rest
+        positive = labels == c
+        m, rest = positive.sum(), n - positive.sum()
+        rank = rankdata(probabilities[:, c])[positive].sum() - m * (m + 1) / 2
+        auc.append(float(rank / (m * rest)) if m and rest else np.nan)
+    return dict(accuracy=float(confusion.trace() / n), majority_accuracy=float(cases.max() / n), recall=recall.tolist(),
+                balanced_accuracy=float(np.nanmean(recall)), auc=auc, auc_mean=_mean(auc), confusion=confusion.tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. statistics
+
+
+def _mean(values):
+    """Mean without NaN; NaN of nothing, without numpy's warning."""
+    values = np.asarray(values, float)
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if values.size else np.nan
+
+
+def bootstrap_mean(values, seed=0, n=10000):
+    """Mean over cases and its 95 % interval: 2.5th and 97.5th percentile of `n` means of cases drawn with replacement.
+
+    values   (m,) one number per case; NaN: the case has no score and is left out
+    returns  (mean, low, high); with one case or an infinite value there is no interval: NaN.  With fewer than about ten
+             cases it is too narrow: it cannot know of cases unlike those at hand
+    """
+    values = np.asarray(values, float)
+    if values.ndim != 1:
+        raise ValueError(f"bootstrap_mean: expected one number per case, found shape {values.shape}")
+    values = values[~np.isnan(values)]
+    if len(values) < 2 or not np.isfinite(values).all():
+        return _mean(values), np.nan, np.nan
+    rng, rows = np.random.default_rng(seed), max(1, 2**22 // len(values))            # at most 32 MiB of indices at once
+    means = [values[rng.integers(len(values), size=(min(rows, n - i), len(values)))].mean(1) for i in range(0, n, rows)]
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return _mean(values), float(low), float(high)
+
+
+def paired_difference(a, b, seed=0, n=10000):
+    """Mean of a - b over the cases that both scored, and its interval, as `bootstrap_mean`.
+
+    a, b  (m,) one number per case, the same cases in the same order; above 0: a is larger
+    """
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if a.shape != b.shape:
+        raise ValueError(f"paired_difference: a and b must score the same cases, found {a.shape} and {b.shape}")
+    return bootstrap_mean(a - b, seed, n)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. probes: what features (t, d) know of organs, without fine-tuning
+
+
+def _need(module, package):
+    """A module that only some commands use."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ImportError(f"{package} is not installed, and this command needs it: pip install {package}") from None
+
+
+def token_labels(label_map, patch, share=0.15):
+    """Give every token the organ that its patch shows.
+
+    label_map  (x, y, z) integer ids, 0 background;   patch  voxels, one number or three, dividing the map
+    share      least share of the patch that the organ must cover.  Tiny organs decide it: at 1.5 mm an adrenal gland
+               touches about ten patches of 8^3 and fills half of one alone; 0.15 keeps most of them, and takes little
+               more than the rim from the large organs
+    returns    ids (t,): the most frequent id other than 0 (of equals the least), or 0 where none covers `share`;
+               purity (t,): the share of the patch that has this id.  Token order "(x y z)", x slowest
+    """
+    label_map, patch = np.asarray(label_map), _three(patch)
+    if label_map.ndim != 3 or label_map.dtype.kind not in "iub" or any(s % p for s, p in zip(label_map.shape, patch)):
+        raise ValueError(f"token_labels: expected integers, sides in steps of {patch}, found {label_map.dtype} {label_map.shape}")
+    ids, index = np.unique(np.append(label_map.ravel(), 0), return_inverse=True)     # 0 is always among the ids
+    p, q, r = patch
+    patches = rearrange(index[:-1].reshape(label_map.shape), "(x p) (y q) (z r) -> (x y z) (p q r)", p=p, q=q, r=r)
+    t, voxels = patches.shape
+    flat = patches + len(ids) * np.arange(t)[:, None]
+    covered = np.bincount(flat.ravel(), minlength=t * len(ids)).reshape(t, len(ids)) / voxels
+    background = int(np.searchsorted(ids, 0))
+    organs = covered.copy()
+    organs[:, background] = -1
+    best = organs.argmax(1)
+    best[organs.max(1) < share] = background
+    return ids[best], covered[np.arange(t), best]
+
+
+def linear_probe(train_x, train_y, test_x, test_y, seed=0, limit=1000):
+    """How well a linear map reads organs from features: multinomial logistic regression, every class of equal weight.
+
+    *_x      (t, d) features, standardised by the training mean and deviation;   *_y  (t,) ids
+    limit    at most so many training tokens per class, drawn by `seed` (scans hold mostly background and liver)
+    returns  dict: balanced_accuracy, recall {id: share found}, both over the classes of the test set that were trained;
+             untrained [ids] of the test set that were not
+    """
+    linear = _need("sklearn.linear_model", "scikit-learn")
+    train_x, train_y, test_x, test_y = _probe_sets(train_x, train_y, test_x, test_y, seed, limit)
+    mean, deviation = train_x.mean(0), train_x.std(0)
+    deviation[deviation == 0] = 1
+    probe = linear.LogisticRegression(class_weight="balanced", max_iter=2000)
+    probe.fit((train_x - mean) / deviation, train_y)
+    return _recalls(probe.predict((test_x - mean) / deviation), test_y, train_y)
+
+
+def knn_probe(train_x, train_y, test_x, test_y, seed=0, limit=1000, k=20):
+    """How well neighbours share organs: majority of the k training tokens of largest cosine similarity; see linear_probe."""
+    neighbors = _need("sklearn.neighbors", "scikit-learn")
+    train_x, train_y, test_x, test_y = _probe_sets(train_x, train_y, test_x, test_y, seed, limit)
+    if len(train_x) < k:
+        raise ValueError(f"knn_probe: k = {k} neighbours asked of {len(train_x)} training tokens")
+    probe = neighbors.KNeighborsClassifier(k, metric="cosine", algorithm="brute").fit(train_x, train_y)
+    return _recalls(probe.predict(test_x), test_y, train_y)
+
+
+def _probe_sets(train_x, train_y, test_x, test_y, seed, limit):
+    """Checked, in float64, the training tokens thinned to `limit` per class."""
+    train_x, test_x = np.asarray(train_x, np.float64), np.asarray(test_x, np.float64)
+    train_y, test_y = np.asarray(train_y), np.asarray(test_y)
+    for which, x, y in (("train", train_x, train_y), ("test", test_x, test_y)):
+        if x.ndim != 2 or y.shape != x.shape[:1] or not np.isfinite(x).all():
+            raise ValueError(f"probe: {which} must be finite (t, d) features with (t,) ids, found {x.shape} and {y.shape}")
+    if len(np.unique(train_y)) < 2:
+        raise ValueError(f"probe: training tokens must show two classes at least, found {np.unique(train_y).tolist()}")
+    chosen = _thin(train_y, seed, limit)
+    return train_x[chosen], train_y[chosen], test_x, test_y
+
+
+def _thin(y, seed, limit):
+    """Sorted indices of at most `limit` tokens per class, drawn by `seed`."""
+    rng = np.random.default_rng(seed)
+    return np.sort(np.concatenate([rng.permutation(np.flatnonzero(y == c))[:limit] for c in np.unique(y)]))
+
+
+def _recalls(predicted, true, trained):
+    known = np.intersect1d(true, trained)
+    recall = {int(c): float(np.mean(predicted[true == c] == c)) for c in known}
+    return dict(balanced_accuracy=_mean(list(recall.values())), recall=recall, untrained=np.setdiff1d(true, trained).tolist())
+
+
+def silhouette(x, y, metric="cosine", seed=0, limit=1000):
+    """How well tokens (t, d) gather by organ y (t,), Rousseeuw 1987: 1 compact and apart, 0 mixed, below 0 misplaced.
+
+    metric   "cosine" or "euclidean" (the paper's figures use Euclidean on raw features)
+    limit    at most so many tokens per class, drawn by `seed`: time grows with the square of their number
+    returns  (mean over tokens, {id: mean over its tokens})
+    """
+    metrics = _need("sklearn.metrics", "scikit-learn")
+    if metric not in ("cosine", "euclidean"):
+        raise ValueError(f"silhouette: metric must be 'cosine' or 'euclidean', found {metric!r}")
+    x, y = np.asarray(x, np.float64), np.asarray(y)
+    chosen = _thin(y, seed, limit)
+    x, y = x[chosen], y[chosen]
+    if not 2 <= len(np.unique(y)) < len(y):
+        raise ValueError(f"silhouette: expected two classes and more tokens than classes, found {len(set(y))} and {len(y)}")
+    values = metrics.silhouette_samples(x, y, metric=metric)
+    return float(values.mean()), {int(c): float(values[y == c].mean()) for c in np.unique(y)}
+
+
+def effective_rank(x):
+    """Dimensions that features (t, d) really use (Roy and Vetterli 2007): exp of the entropy of the singular values.
+
+    Centred features; between 1 (a line) and min(t - 1, d) (all directions alike); 0 for collapsed, equal tokens.
+    """
+    x = np.asarray(x, np.float64)
+    values = np.linalg.svd(x - x.mean(0), compute_uv=False)
+    if values[0] <= 1e-12 * max(np.abs(x).max(), 1):
+        return 0.0
+    share = values[values > 0] / values.sum()
+    return float(np.exp(-np.sum(share * np.log(share))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. pictures
+
+# The first seven are Okabe and Ito's (2008), told apart by all kinds of colour vision; fourteen cannot all be, and later
+# ones repeat, so every class also carries its number in the picture.
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
+           "#44AA99", "#882255", "#DDCC77", "#332288", "#999933", "#99DDFF", "#EE8866")
+
+# name, axis that is cut, axes across and up, letters at the left, right, lower and upper edge
+PLANES = (("axial", 2, 0, 1, "RLPA"), ("coronal", 1, 0, 2, "RLIS"), ("sagittal", 0, 1, 2, "APIS"))
+
+
+def contact_sheet(path, image, truth, prediction, spacing, title, window=None, names=None):
+    """One PNG per case: three planes through the largest object; above the scan alone, below prediction and truth on it.
+
+    image              (x, y, z) RAS+;   truth, prediction  (x, y, z) ids, 0 background;   spacing  (3,) mm
+    title              one line: case, scores
+    window             (low, high) grey values; None: the 1st and 99th percentile of what is shown
+    names              {id: name} for the legend; None: ids alone
+
+    Filled: prediction.  Outlined in the same colour: truth.  So a fill without a line is false positive, a line without a
+    fill false negative.  Radiological display: the patient's right on the left of the axial and coronal picture, axial
+    seen from the feet; sagittal with the front on the left.  The planes are those in which the largest connected part of
+    the truth's largest class (of the prediction's, if the truth is empty) has its largest area.  All at one scale in mm.
+    """
+    _need("matplotlib", "matplotlib")
+    from matplotlib.figure import Figure                                   # not pyplot: no display, no global state
+    image, truth, prediction = (np.asarray(a) for a in (image, truth, prediction))
+    if not image.shape == truth.shape == prediction.shape or image.ndim != 3:
+        raise ValueError(f"contact_sheet: expected one shape (x, y, z), found {image.shape}, {truth.shape}, {prediction.shape}")
+    centre = _show_where(truth, prediction)
+    cuts = [_cut(plane, centre, image, truth, prediction) for plane in PLANES]
+    low, high = window or np.percentile(np.concatenate([cut[0].ravel() for cut in cuts]), [1, 99])
+    shown = sorted({int(c) for cut in cuts for ids in cut[1:] for c in np.unique(ids)} - {0})
+
+    across, up = ([spacing[plane[i]] * image.shape[plane[i]] for plane in PLANES] for i in (2, 3))
+    width, gap, heading, legend = 11.0, 0.15, 0.75, 0.45 + 0.22 * -(-(len(shown) + 2) // 6)              # inches
+    scale = (width - 4 * gap) / sum(across)                                # inches per mm, the same everywhere
+    height = heading + 2 * (max(up) * scale + gap) + legend
+    figure = Figure((width, height), facecolor="white")
+    figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=12)
+    for row, column in itertools.product(range(2), range(3)):
+        (name, cut, _, _, letters), (grey, true, predicted) = PLANES[column], cuts[column]
+        left, top = gap + column * gap + sum(across[:column]) * scale, height - heading - row * (max(up) * scale + gap)
+        w, h = across[column] * scale, up[column] * scale
+        axes = figure.add_axes((left / width, (top - h) / height, w / width, h / height))
+        axes.imshow(grey, cmap="gray", vmin=low, vmax=high, origin="lower", aspect="auto", interpolation="bilinear")
+        axes.set_axis_off()
+        if row == 0:
+            axes.set_title(f"{name}, {'xyz'[cut]} = {centre[cut]} of {image.shape[cut]}", fontsize=10)
+        else:
+            _overlay(axes, true, predicted, shown)
+        _letters(axes, letters)
+    _legend(figure, shown, names, truth.any(), prediction.any())
+    figure.text(0.5, 0.08 / height, f"grey values {low:.4g} to {high:.4g}", ha="center", fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def image_sheet(path, source, truth, prediction, spacing, title):
+    """Input, target, prediction and their difference (x, y, z) through the middle of the target, three planes, one scale each for
+    input and for target and prediction; the difference from blue (too low) over white to red (too high)."""
+    _need("matplotlib", "matplotlib")
+    from matplotlib.figure import Figure
+    centre = [s // 2 for s in truth.shape]
+    low, high = np.percentile(truth, [0.5, 99.8])
+    reach = max(float(np.percentile(np.abs(prediction - truth), 99.8)), 1e-6)
+    figure = Figure((11, 9), facecolor="white", layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    axes = figure.subplots(3, 4)
+    columns = (("input", source, "gray", *np.percentile(source, [0.5, 99.8])), ("target", truth, "gray", low, high),
+               ("prediction", prediction, "gray", low, high), ("prediction - target", prediction - truth, "RdBu_r", -reach, reach))
+    for row, plane in zip(axes, PLANES):
+        for axis, (name, volume, colours, least, most) in zip(row, columns):
+            drawn = axis.imshow(_cut(plane, centre, volume)[0], cmap=colours, vmin=least, vmax=most, origin="lower",
+                                aspect=spacing[plane[3]] / spacing[plane[2]], interpolation="bilinear")
+            axis.set_axis_off()
+            axis.set_title(f"{name}, {plane[0]}" if row is axes[0] else plane[0], fontsize=9)
+            _letters(axis, plane[4])
+            if row is axes[2]:
+                figure.colorbar(drawn, ax=axis, location="bottom", shrink=0.8)
+    figure.savefig(path, dpi=110)
+
+
+def _show_where(truth, prediction):
+    """Voxel (3,): per axis the plane where the largest object has most voxels; the middle where there is no object."""
+    ids = truth if truth.any() else prediction
+    if not ids.any():
+        return [s // 2 for s in ids.shape]
+    parts, _ = ndimage.label(ids == np.bincount(ids[ids > 0].astype(np.int64)).argmax())
+    largest = parts == np.bincount(parts[parts > 0]).argmax()
+    return [int(largest.sum(tuple(a for a in range(3) if a != axis)).argmax()) for axis in range(3)]
+
+
+def _cut(plane, centre, *volumes):
+    """The volumes' slices as (up, across) pictures, the across axis turned: R, or the front, comes on the left."""
+    _, axis, across, up, _ = plane
+    return [rearrange(np.take(v, centre[axis], axis), "across up -> up across")[:, ::-1] for v in volumes]
+
+
+def _letters(axes, letters):
+    places = ((0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center"),
+              (0.5, 0.02, "center", "bottom"), (0.5, 0.98, "center", "top"))
+    for letter, (x, y, horizontal, vertical) in zip(letters, places):
+        axes.text(x, y, letter, transform=axes.transAxes, ha=horizontal, va=vertical, color="white", fontsize=10,
+                  bbox=dict(facecolor="black", alpha=0.5, linewidth=0, pad=1.5))
+
+
+def _colour(c):
+    return COLOURS[(c - 1) % len(COLOURS)]
+
+
+def _overlay(axes, true, predicted, shown):
+    """Prediction filled, truth outlined along the voxels' edges, the id where a class is thickest."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.patheffects import withStroke
+    fill, fine = np.zeros((*true.shape, 4)), 4                             # 4 points a voxel make the outline square
+    for c in shown:
+        fill[predicted == c] = (*to_rgb(_colour(c)), 0.45)
+    axes.imshow(fill, origin="lower", aspect="auto", interpolation="nearest")
+    up, across = ((np.arange(n * fine + 2) - 0.5) / fine - 0.5 for n in true.shape)
+    for c in shown:
+        if (true == c).any():
+            mask = np.pad((true == c).repeat(fine, 0).repeat(fine, 1), 1)
+            axes.contour(across, up, mask, [0.5], colors=[_colour(c)], linewidths=1.6)
+    axes.set(xlim=(-0.5, true.shape[1] - 0.5), ylim=(-0.5, true.shape[0] - 0.5))
+    for c in shown if len(shown) > 1 else ():                              # numbers last, above every line
+        seen = true == c if (true == c).any() else predicted == c
+        if seen.any():
+            depth = ndimage.distance_transform_edt(np.pad(seen, 1))[1:-1, 1:-1]
+            y, x = np.unravel_index(depth.argmax(), depth.shape)
+            axes.text(x, y, c, color="white", fontsize=8, ha="center", va="center", weight="bold", clip_on=True,
+                      path_effects=[withStroke(linewidth=2, foreground="black")])
+
+
+def _legend(figure, shown, names, has_truth, has_prediction):
+    """Number and name of every class in sight, and what fill and line mean."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    handles = [Patch(facecolor=_colour(c), label=f"{c} {names[c]}" if names else str(c)) for c in shown]
+    handles += [Patch(facecolor="0.7", label="fill: prediction" + ("" if has_prediction else " (empty)")),
+                Line2D([], [], color="0.3", label="line: truth" + ("" if has_truth else " (empty)"))]
+    figure.legend(handles=handles, loc="lower center", ncols=6, fontsize=9, frameon=False,
+                  bbox_to_anchor=(0.5, 0.22 / figure.get_figheight()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. tasks: all that differs between the four stands here
+
+
+@dataclasses.dataclass
+class Config(data.Config):
+    """What training and scoring of a task share; finetune.py adds the optimisation."""
+    name: str = "finetune"          # run folder below `runs`
+    runs: str = "runs"
+    seed: int = 3407                # released code
+    task: str = "segmentation"      # segmentation, classification, reconstruction, translation
+    # network, as in pretrain.py
+    in_channels: int = 1
+    feature_size: int = 48
+    depths: tuple = (2, 2, 2, 2)
+    num_heads: tuple = (3, 6, 12, 24)
+    window_size: int = 7
+    v2: bool = True
+    merge: str = "all"
+    checkpointing: bool = False
+    residual: bool = False          # reconstruction, translation: the network adds to the first input channel
+    # what is predicted
+    regions: dict = dataclasses.field(default_factory=dict)    # {"WT": (1, 2, 3), ..} overlapping regions, sigmoid; {}: softmax over `labels`
+    classes: dict = dataclasses.field(default_factory=dict)    # classification: {name in the data: class number}
+    class_from: str = "{class}"     # the class name of a case, from its pattern's fields, or from a column of `table`
+    table: str = ""                 # csv below the data root with a row a case
+    table_key: str = "{id}"         # what names the case in the table's columns ..
+    case_key: str = "{id}"          # .. and in the case's fields, id and subject
+    # who trains, who chooses the checkpoint, who is reported
+    only: str | tuple = ()          # csv files: cases that none of them names are left out
+    val: str | tuple = ()           # ids or patterns of ids; or csv files: the cases that every file names
+    test: str | tuple = ()          # the same; "val": reported on the cases that chose, as much of the field does
+    val_section: str = ""           # section of the datalist instead
+    test_section: str = ""
+    fold: int = -1                  # val = the datalist's entries of this fold, or subjects [fold::folds]; -1: not used
+    folds: int = 5
+    test_share: float = 0.0         # share of the subjects, drawn by split_seed, where nothing else says
+    val_share: float = 0.0          # the same, of the subjects that test leaves
+    split_seed: int = 0
+    label_fraction: float = 1.0     # share of the training subjects; nested: the 10 % lie within the 50 % (paper, Table 8)
+    # inference
+    overlap: float = 0.5            # of sliding windows of `crop` voxels; MONAI (released code validates with 0.75)
+    blend: str = "gaussian"         # or "constant"; MONAI
+    windows: int = 4                # windows per forward
+    skip_background: bool = False   # do not run windows without a voxel above the scan's least value
+    flips: bool = False             # average over the 8 mirrored copies
+    ensemble: bool = False          # average over the checkpoints instead of comparing them
+    # report
+    checkpoint: str | tuple = ()    # default runs/<name>/best.pt (probe and figures: encoder.pt); several are compared
+    part: str = "test"              # which part of the split is scored
+    hd95: bool = True               # 95 % Hausdorff distance, mm
+    lesion_volumes: bool = False    # false positive and false negative volume (AutoPET)
+    data_range: float = 0.0         # of PSNR and SSIM, in preprocessed units; 0: each target's largest minus least
+    predictions: bool = True        # write NIfTI files
+    probabilities: bool = False     # .. of the probabilities too
+    sheets: int = 4                 # contact sheets of the first cases
+    images: str | tuple = ()        # scans without labels to predict (one pattern a channel), instead of scoring
+    out: str = ""                   # folder of predictions and results, default runs/<name>
+    paper: dict = dataclasses.field(default_factory=dict)      # {row: {column: value}} printed under ours, marked as the paper's
+    # probe
+    probe: bool = False
+    probe_train: float = 0.5        # share of the scans (the first by id) that train the probe, the rest test it
+    probe_share: float = 0.5        # least share of a token's patch that an organ covers to name it; tiny organs need less
+    probe_limit: int = 1000         # tokens per class that train it
+    token_patch: int = 8            # voxels a token; 2 4 8 16 32
+    # figures, of the probe's scans where they are named, else of the config's own
+    figures: str | tuple = ""       # "all", or some of similarity, distribution, tsne, pca, correspondence, evolution, curves
+    figure_scan: str = ""           # id of the scan that is shown, default the first
+    query: tuple = ()               # point whose patch the others are compared with, x y z in voxels of the preprocessed scan ..
+    query_mm: tuple = ()            # .. or R A S in mm; default one per organ, without labels the middle of the scan
+    figure_organs: tuple = ()       # ids of the organs that are queried, default all
+    figure_tokens: int = 200        # tokens per organ that t-SNE shows; ours
+
+
+def swin(cfg):
+    keys = ("feature_size", "depths", "num_heads", "window_size", "v2", "merge", "checkpointing")
+    return {key: getattr(cfg, key) for key in keys}
+
+
+def names_of(cfg):
+    """Names of the output channels that are scored."""
+    return list(cfg.regions) if cfg.regions else [str(cfg.labels[k]) for k in sorted(cfg.labels)]
+
+
+def image_network(cfg):
+    network = SwinUNETR(cfg.in_channels, max(1, len(data._tuple(cfg.target))), **swin(cfg))
+    if cfg.residual:                                                    # the correction starts at none
+        torch.nn.init.zeros_(network.out.weight)
+        torch.nn.init.zeros_(network.out.bias)
+    return network
+
+
+def segmentation_loss(output, truth, cfg):
+    label = truth["label"]                                              # (b, 1, x, y, z) ids
+    if cfg.regions:
+        masks = [torch.isin(label, label.new_tensor(group)) for group in cfg.regions.values()]
+        return losses.dice_bce(output, torch.cat(masks, 1).float())
+    return losses.dice_ce(output, label)
+
+
+def translation_loss(output, truth, cfg):
+    return losses.masked_l1_l2(output, truth["target"], tissue(truth["target"], truth["target_fill"]))
+
+
+def tissue(target, fill):
+    """(b, c, x, y, z) bool: where a skull-stripped target is more than its background, the least value."""
+    return target > rearrange(torch.as_tensor(fill, dtype=target.dtype, device=target.device), "b c -> b c 1 1 1") + 1e-2
+
+
+@dataclasses.dataclass
+class Task:
+    network: Callable               # cfg -> network
+    loss: Callable                  # output, {"label" (b, 1, x, y, z), "class" (b,), "target" (b, c, x, y, z), "target_fill"}, cfg -> ()
+    ready: Callable                 # output, cfg -> probabilities, or the predicted image itself
+    score: Callable                 # ready output of one case, scan, cfg, full -> {grid: {metric: {part: number}}}
+    best: tuple                     # metric whose largest mean over val chooses the checkpoint
+
+
+TASKS = {
+    "segmentation": Task(
+        network=lambda cfg: SwinUNETR(cfg.in_channels, len(cfg.regions) or 1 + max(cfg.labels), **swin(cfg)),
+        loss=segmentation_loss,
+        ready=lambda output, cfg: output.sigmoid() if cfg.regions else output.softmax(1),
+        score=lambda *case: score_segmentation(*case), best=("preprocessed", "dice", "mean")),
+    "classification": Task(
+        network=lambda cfg: Classifier(cfg.in_channels, 1 + max(cfg.classes.values()), **swin(cfg)),
+        loss=lambda output, truth, cfg: F.cross_entropy(output.float(), truth["class"]),
+        ready=lambda output, cfg: output.softmax(1),
+        score=lambda *case: score_classification(*case), best=("scans", "balanced_accuracy", "all")),
+    "reconstruction": Task(
+        network=lambda cfg: image_network(cfg),
+        loss=lambda output, truth, cfg: losses.reconstruction_loss(output, truth["target"], cfg.data_range or 1.0),
+        ready=lambda output, cfg: output,
+        score=lambda *case: score_image(*case), best=("preprocessed", "psnr", "whole")),
+    "translation": Task(
+        network=lambda cfg: image_network(cfg),
+        loss=translation_loss,
+        ready=lambda output, cfg: output,
+        score=lambda *case: score_image(*case), best=("preprocessed", "psnr", "tissue")),
+}
+
+
+def forward(network, image, cfg):
+    output = network(image).float()
+    return output + image[:, :output.shape[1]] if cfg.residual else output
+
+
+def check(cfg):
+    """Refuse a configuration that cannot run, one line, before anything is read."""
+    rules = [
+        (cfg.task in TASKS, f"task = {cfg.task!r}, expected one of {', '.join(TASKS)}"),
+        (cfg.task != "segmentation" or cfg.labels, "segmentation needs `labels` = {id: name}"),
+        (cfg.task != "segmentation" or cfg.regions or sorted(cfg.labels) == list(range(1, len(cfg.labels) + 1)),
+         f"labels: ids must be 1 to {len(cfg.labels)} without gaps (rename with `remap`), found {sorted(cfg.labels)}"),
+        (cfg.task != "classification" or len(set(cfg.classes.values())) > 1, "classification needs `classes` = {name: number}"),
+        (cfg.task != "classification" or set(cfg.classes.values()) == set(range(len(set(cfg.classes.values())))),
+         f"classes: numbers must be 0, 1, .. without gaps, found {sorted(set(cfg.classes.values()))}"),
+        (cfg.task not in ("reconstruction", "translation") or cfg.target or cfg.datalist, f"{cfg.task} needs `target`, the image to be predicted"),
+        (all(c % 32 == 0 and c >= 64 for c in cfg.crop), f"crop = {cfg.crop}, expected multiples of 32, at least 64"),
+        (0 < cfg.label_fraction <= 1, f"label_fraction = {cfg.label_fraction}, expected above 0, at most 1"),
+        (0 <= cfg.overlap < 1, f"overlap = {cfg.overlap}, expected 0 or more, below 1"),
+        (cfg.blend in ("gaussian", "constant"), f"blend = {cfg.blend!r}, expected 'gaussian' or 'constant'"),
+        (cfg.part in ("train", "val", "test"), f"part = {cfg.part!r}, expected 'train', 'val' or 'test'"),
+    ]
+    unknown = [k for group in cfg.regions.values() for k in group if k not in cfg.labels]
+    rules.append((not unknown, f"regions: id {unknown[:1]} is not in `labels`"))
+    for fine, text in rules:
+        if not fine:
+            raise SystemExit(text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. who trains, who chooses, who is reported
+
+
+def split_cases(cfg):
+    """{"train": [case], "val": [case], "test": [case]} with a class number under "class" for classification.
+
+    A subject on two sides, a part that stays empty, a case without what the task needs: one line. test = "val" repeats val.
+    """
+    parts = {"train": data.find_cases(cfg)}
+    for part, section in (("val", cfg.val_section), ("test", cfg.test_section)):
+        if section:
+            parts[part] = data.find_cases(cfg, section)
+    if cfg.only:
+        listed = set().union(*[_table(data.root(cfg) / file, cfg.table_key) for file in data._tuple(cfg.only)])
+        parts["train"] = [case for case in parts["train"] if _case_key(case, cfg) in listed]
+    everyone = parts["train"]
+    subjects = sorted({case["subject"] for case in everyone})
+    if cfg.test and cfg.test != "val":
+        _move(parts, "test", _named(everyone, cfg.test, cfg))
+    if cfg.val:
+        _move(parts, "val", _named(parts["train"], cfg.val, cfg))
+    elif cfg.fold >= 0 and any("fold" in case for case in everyone):
+        _move(parts, "val", {case["id"] for case in everyone if case.get("fold") == cfg.fold})
+    elif cfg.fold >= 0:
+        mine = set(subjects[cfg.fold::cfg.folds])
+        _move(parts, "val", {case["id"] for case in everyone if case["subject"] in mine})
+    for part, share in (("test", cfg.test_share), ("val", cfg.val_share)):
+        if share and part not in parts:
+            groups = _by_class(parts["train"], cfg) if cfg.task == "classification" else {0: parts["train"]}
+            mine = {s for group in groups.values() for s in _share_of({c["subject"] for c in group}, share, cfg.split_seed, part)}
+            _move(parts, part, {case["id"] for case in parts["train"] if case["subject"] in mine})
+    if cfg.test == "val":
+        parts["test"] = parts.get("val", [])
+    if cfg.task == "classification":
+        for group in parts.values():
+            for case, k in zip(group, _classes(group, cfg)):
+                case["class"] = k
+    groups = _by_class(parts["train"], cfg) if cfg.task == "classification" else {0: parts["train"]}
+    kept = {s for group in groups.values() for s in _share_of({c["subject"] for c in group}, cfg.label_fraction, cfg.split_seed, "labels")}
+    parts["train"] = [case for case in parts["train"] if case["subject"] in kept]
+    _check_parts(parts, cfg)
+    return parts
+
+
+def _named(cases, which, cfg):
+    """Ids of the cases that `which` names: ids and patterns of ids, or csv files (the cases that all of them name)."""
+    which = data._tuple(which)
+    if which[0].endswith(".csv"):
+        sets = [set(_table(data.root(cfg) / file, cfg.table_key)) for file in which]
+        named = {case["id"] for case in cases if all(_case_key(case, cfg) in s for s in sets)}
+    else:
+        lost = [name for name in which if not any(fnmatch.fnmatch(case["id"], name) for case in cases)]
+        if lost:
+            raise SystemExit(f"the split names {', '.join(map(repr, lost[:4]))}, no case has such an id; there are: "
+                             f"{', '.join(case['id'] for case in cases[:4])} ..")
+        named = {case["id"] for case in cases if any(fnmatch.fnmatch(case["id"], name) for name in which)}
+    if not named:
+        raise SystemExit(f"{', '.join(which[:3])} names none of the {len(cases)} cases; an id here is {cases[0]['id']!r}")
+    return named
+
+
+def _table(path, key):
+    """{key: row} of a csv; a key that comes twice keeps its last row."""
+    if not path.is_file():
+        raise SystemExit(f"{path}: no such table")
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        return {key.format_map(row): row for row in rows}
+    except KeyError as error:
+        raise SystemExit(f"{path}: no column {error}; columns: {', '.join(rows[0])}") from None
+
+
+def _case_key(case, cfg):
+    return cfg.case_key.format(**case.get("fields", {}) | dict(id=case["id"], subject=case["subject"]))
+
+
+def _classes(cases, cfg):
+    table = _table(data.root(cfg) / cfg.table, cfg.table_key) if cfg.table else None
+    numbers = []
+    for case in cases:
+        fields = case.get("fields", {})
+        if table is not None:
+            if _case_key(case, cfg) not in table:
+                raise SystemExit(f"{case['images'][0]}: {cfg.table} has no row {_case_key(case, cfg)!r}")
+            fields = table[_case_key(case, cfg)]
+        try:
+            name = cfg.class_from.format(**fields)
+        except KeyError as error:
+            raise SystemExit(f"class_from = {cfg.class_from!r}: no {error} in {', '.join(fields) or 'the pattern'}") from None
+        if name not in cfg.classes:
+            raise SystemExit(f"{case['images'][0]}: class {name!r} is not declared; classes: {', '.join(cfg.classes)}")
+        numbers.append(cfg.classes[name])
+    return numbers
+
+
+def _by_class(cases, cfg):
+    """{class: cases}; a subject with several classes belongs to the largest number, so that nobody is divided."""
+    numbers = _classes(cases, cfg)
+    own = {}
+    for case, k in zip(cases, numbers):
+        own[case["subject"]] = max(k, own.get(case["subject"], k))
+    return {k: [case for case in cases if own[case["subject"]] == k] for k in sorted(set(own.values()))}
+
+
+def _share_of(subjects, share, seed, purpose):
+    """The first share of the subjects in an order that seed and purpose fix, at least one: a smaller share lies in a larger."""
+    order = sorted(subjects, key=lambda s: hashlib.sha256(f"{seed} {purpose} {s}".encode()).hexdigest())
+    return order[:max(1, round(share * len(order)))]
+
+
+def _move(parts, part, ids):
+    parts[part] = [case for case in parts["train"] if case["id"] in ids]
+    parts["train"] = [case for case in parts["train"] if case["id"] not in ids]
+
+
+def _check_parts(parts, cfg):
+    for part in ("train", "val", "test"):
+        if not parts.get(part):
+            raise SystemExit(f"no case is left for {part}; the config gives val = {cfg.val!r}, test = {cfg.test!r}, val_share = "
+                             f"{cfg.val_share}, test_share = {cfg.test_share}, fold = {cfg.fold}")
+        need = {"segmentation": "label", "reconstruction": "targets", "translation": "targets"}.get(cfg.task)
+        bare = [case["images"][0] for case in parts[part] if need and not case[need]]
+        if bare:
+            raise SystemExit(f"{bare[0]}: a {part} case without {need.rstrip('s')}")
+    pairs = [("train", "val"), ("train", "test")] + ([("val", "test")] if cfg.test != "val" else [])
+    for a, b in pairs:
+        both = {case["subject"] for case in parts[a]} & {case["subject"] for case in parts[b]}
+        if both:
+            raise SystemExit(f"{len(both)} subjects are in {a} and in {b}: {', '.join(sorted(both)[:4])}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. predict and score cases
+
+
+def nothing_there(scan, cfg):
+    """Output of the network, per channel, that stands for empty space."""
+    if cfg.task == "segmentation":
+        return [-20.0] * len(cfg.regions) if cfg.regions else [20.0] + [-20.0] * len(cfg.labels)
+    return scan.record.get("target_fill", 0.0)
+
+
+@torch.no_grad()
+def predict(networks, scan, cfg, device):
+    """Ready output of one cached scan on its preprocessed grid, (k, x, y, z) or (k,) for classification, on the CPU.
+
+    The mean over the networks and, with cfg.flips, over the 8 mirrored copies.
+    """
+    task, total = TASKS[cfg.task], 0
+    volume = torch.from_numpy(np.ascontiguousarray(scan.open())).float()[None]
+    fill = rearrange(torch.from_numpy(scan.fill), "c -> c 1 1 1")       # around the scan each channel has its own, as in training
+    mirrored = list(itertools.chain.from_iterable(itertools.combinations((2, 3, 4), n) for n in range(4))) if cfg.flips else [()]
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    for network in networks:
+        network.eval()
+        for axes in mirrored:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                seen = volume.flip(axes)
+                if cfg.task == "classification":
+                    output = forward(network, seen.to(device), cfg)
+                else:
+                    foreground = (seen[0] > seen[0].amin((1, 2, 3), keepdim=True) + 1e-3).any(0) if cfg.skip_background else None
+                    output = sliding_window(lambda x: forward(network, x + fill.to(device), cfg), seen - fill, cfg.crop, cfg.overlap,
+                                            cfg.windows, cfg.blend, foreground, device, outside=nothing_there(scan, cfg))
+            output = task.ready(output.float(), cfg)
+            total = total + (output if cfg.task == "classification" else output.flip(axes)).cpu()
+    return (total / (len(networks) * len(mirrored)))[0]
+
+
+def masks_of(ready, cfg):
+    """(k, x, y, z) bool of the scored classes or regions, from probabilities (k, x, y, z) or an id map (x, y, z)."""
+    if ready.ndim == 4:
+        if cfg.regions:
+            return ready > 0.5
+        ready = ready.argmax(0)
+    if cfg.regions:
+        return torch.stack([torch.isin(ready, torch.tensor(group)) for group in cfg.regions.values()])
+    return torch.stack([ready == k for k in sorted(cfg.labels)])
+
+
+def score_segmentation(ready, scan, cfg, full):
+    """Dice per class on the preprocessed grid; with `full` also on the scan's own voxels (probabilities go back linearly, the
+    truth as stored), Hausdorff distance and lesion volumes."""
+    truth = torch.from_numpy(scan.open("label")[0].astype(np.int64))
+    grids = {"preprocessed": (masks_of(ready, cfg), masks_of(truth, cfg), scan.spacing)}
+    if full:
+        stored, affine = data.read_stored(scan.case["label"], label=True)
+        own = torch.from_numpy(data.label_ids(scan.case["label"], stored, cfg).astype(np.int64))
+        grids["original"] = (on_scan(ready, scan, affine, stored.shape, cfg), masks_of(own, cfg), data.spacing_of(affine))
+    scores, names = {}, names_of(cfg)
+    for grid, (predicted, true, spacing) in grids.items():
+        predicted, true = predicted.numpy(), true.numpy()
+        values = dict(zip(names, dice_regions(predicted, true).tolist()))
+        scores[grid] = {"dice": values | {"mean": _mean(list(values.values()))}}
+        if cfg.hd95 and full:
+            values = {name: hausdorff95(p, t, spacing) for name, p, t in zip(names, predicted, true)}
+            scores[grid]["hd95"] = values | {"mean": _mean([v if np.isfinite(v) else np.nan for v in values.values()])}
+        if cfg.lesion_volumes and full:
+            volumes = [false_volumes(p, t, spacing) for p, t in zip(predicted, true)]
+            for k, metric in enumerate(("false_positive_ml", "false_negative_ml")):
+                scores[grid][metric] = {name: pair[k] for name, pair in zip(names, volumes)}
+            positive = [name for name, t in zip(names, true) if t.any()]
+            scores[grid]["dice_of_positive"] = {name: values_ for name, values_ in scores[grid]["dice"].items() if name in positive}
+    return scores
+
+
+def on_scan(ready, scan, affine, shape, cfg):
+    """(k, x, y, z) bool on the scan's own voxels: each channel goes back linearly, one at a time, then the largest wins."""
+    if cfg.regions:
+        return torch.stack([to_original(p, scan.affine, affine, shape, 1) > 0.5 for p in ready])
+    best = to_original(ready[0], scan.affine, affine, shape, 1, fill=1.0)
+    ids = torch.zeros(tuple(shape), dtype=torch.uint8 if len(ready) <= 256 else torch.int16)
+    for k in range(1, len(ready)):
+        p = to_original(ready[k], scan.affine, affine, shape, 1)
+        ids[p > best] = k
+        best = torch.maximum(best, p)
+    return masks_of(ids, cfg)
+
+
+def score_classification(ready, scan, cfg, full):
+    return {"scans": {"probability": {str(k): float(p) for k, p in enumerate(ready)}, "class": {"true": scan.case["class"]}}}
+
+
+def score_image(ready, scan, cfg, full):
+    """PSNR, SSIM and NMSE of a predicted image on the preprocessed grid and in its units: over the whole volume; with the
+    background copied from the target ("pasted", as the released code scores); over the tissue alone (PSNR, NMSE); and of the input
+    left as it is ("input"). Background: the target's least value."""
+    truth = torch.from_numpy(np.ascontiguousarray(scan.open("target"))).float()
+    image = torch.from_numpy(np.ascontiguousarray(scan.open())).float()[:1].expand_as(truth)
+    inside = tissue(truth[None], [scan.record["target_fill"]])[0]
+    pasted = torch.where(inside, ready, truth)
+    reach = cfg.data_range or float(truth.max() - truth.min())
+    scores = {"psnr": {}, "nmse": {}} | ({"ssim": {}} if full else {})
+    for part, guess, where in (("whole", ready, None), ("pasted", pasted, None), ("tissue", ready, inside), ("input", image, None)):
+        a, b = (guess, truth) if where is None else (guess[where], truth[where])
+        scores["psnr"][part], scores["nmse"][part] = psnr(a, b, reach), nmse(a, b)
+        if full and where is None:
+            scores["ssim"][part] = float(np.mean([ssim(p, t, reach) for p, t in zip(guess.numpy(), truth.numpy())]))
+    return {"preprocessed": scores | {"data_range": {"used": reach}}}
+
+
+def score_cases(networks, scans, cfg, device, full=False, after=None):
+    """One row a case, {"id", "subject", "scores"}; `after(scan, ready)` may write what it likes."""
+    rows = []
+    for scan in scans:
+        ready = predict(networks, scan, cfg, device)
+        rows.append(dict(id=scan.id, subject=scan.subject, scores=TASKS[cfg.task].score(ready, scan, cfg, full)))
+        if after:
+            after(scan, ready)
+    return rows
+
+
+def summarise(rows, cfg):
+    """{grid: {metric: {part: {"mean", "low", "high", "cases"}}}} over the cases: mean and its bootstrap 95 % interval."""
+    if cfg.task == "classification":
+        probabilities = np.array([list(row["scores"]["scans"]["probability"].values()) for row in rows])
+        truth = np.array([row["scores"]["scans"]["class"]["true"] for row in rows])
+        scores = classification_scores(probabilities, truth)
+        right = bootstrap_mean((probabilities.argmax(1) == truth).astype(float))
+        table = {"accuracy": {"all": dict(mean=right[0], low=right[1], high=right[2], cases=len(rows))}}
+        for metric in ("balanced_accuracy", "majority_accuracy", "auc_mean"):
+            table[metric] = {"all": dict(mean=scores[metric], cases=len(rows))}
+        for metric in ("recall", "auc"):
+            table[metric] = {name: dict(mean=v, cases=int((truth == k).sum())) for k, (name, v) in enumerate(zip(class_names(cfg), scores[metric]))}
+        return {"scans": table | {"confusion": scores["confusion"]}}
+    table = {}
+    for grid, metrics in rows[0]["scores"].items():
+        table[grid] = {}
+        for metric in metrics:
+            parts = list(dict.fromkeys(part for row in rows for part in row["scores"][grid][metric]))
+            table[grid][metric] = {}
+            for part in parts:
+                values = [row["scores"][grid][metric].get(part, np.nan) for row in rows]
+                mean, low, high = bootstrap_mean([v if np.isfinite(v) else np.nan for v in values])
+                table[grid][metric][part] = dict(mean=mean, low=low, high=high, cases=int(np.isfinite(values).sum()))
+                if np.isinf(values).any():
+                    table[grid][metric][part]["missed"] = int(np.isinf(values).sum())      # one of the two masks was empty
+    return table
+
+
+def class_names(cfg):
+    """One name per class number, the first that the config gives it."""
+    return [next(name for name, k in cfg.classes.items() if k == number) for number in sorted(set(cfg.classes.values()))]
+
+
+def main_score(rows, cfg):
+    """The number that chooses a checkpoint: larger is better."""
+    grid, metric, part = TASKS[cfg.task].best
+    return summarise(rows, cfg)[grid][metric][part]["mean"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. results: files and tables
+
+
+def write_prediction(folder, scan, ready, cfg):
+    """The prediction on the scan's own voxels as NIfTI: affine, shape and axes of the first image, so that any viewer lays one over
+    the other. Ids in the smallest type that holds them; images in the unit of the file where the scaling can be undone."""
+    path = scan.case["images"][0]
+    stored, affine = data.read_stored(path)
+    shape = stored.shape
+    if cfg.task == "segmentation":
+        ids = painted(on_scan(ready, scan, affine, shape, cfg), cfg)
+        write_nifti(folder / f"{scan.id}.nii.gz", ids.numpy(), affine, path)
+        if cfg.probabilities:
+            several = torch.stack([to_original(p, scan.affine, affine, shape, 1, fill=float(k == 0 and not cfg.regions)) for k, p in enumerate(ready)], -1)
+            write_nifti(folder / f"{scan.id}_probabilities.nii.gz", several.numpy(), affine, path)
+        return
+    unit = ready
+    if cfg.intensity in ("window", "scale"):
+        unit = ready * (cfg.window[1] - cfg.window[0]) + cfg.window[0]
+    for k, channel in enumerate(unit):
+        back = to_original(channel, scan.affine, affine, shape, 1, fill=float(channel.min()))
+        write_nifti(folder / (f"{scan.id}.nii.gz" if len(unit) == 1 else f"{scan.id}_{k}.nii.gz"), back.numpy(), affine, path)
+
+
+def painted(masks, cfg):
+    """(k, x, y, z) bool -> (x, y, z) ids in the smallest type that holds them; of regions the larger first, so that a smaller one
+    lies on it, each with the id that it has and no smaller one has."""
+    groups = list(cfg.regions.values()) or [(k,) for k in sorted(cfg.labels)]
+    ids = torch.zeros(masks.shape[1:], dtype=torch.uint8 if max(cfg.labels) < 256 else torch.int16)
+    for group, mask in sorted(zip(groups, masks), key=lambda pair: -len(pair[0])):
+        smaller = set().union(*[g for g in groups if len(g) < len(group)])
+        ids[mask] = min(set(group) - smaller or group)
+    return ids
+
+
+def write_nifti(path, array, affine, like):
+    """Written aside and renamed; keeps the source's header where it is a NIfTI file, its affine codes above all."""
+    header = nib.load(like).header.copy() if str(like).endswith((".nii", ".nii.gz")) else None
+    if header is not None:
+        header.set_data_dtype(array.dtype)
+        header["descrip"], header["cal_min"], header["cal_max"] = b"", 0, 0
+    image = (nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image)(array, affine, header)
+    image.header.set_slope_inter(1, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{os.getpid()}-{path.name}")
+    nib.save(image, aside)
+    os.replace(aside, path)
+
+
+def cell(value, metric=""):
+    if value is None or np.isnan(value):
+        return "-"
+    return f"{100 * value:.2f}" if metric in ("dice", "dice_of_positive", "accuracy", "balanced_accuracy", "majority_accuracy", "recall",
+                                              "auc", "auc_mean") else f"{value:.4g}"
+
+
+def text_table(rows):
+    """Aligned columns; the first row is the head."""
+    width = [max(len(str(row[k])) for row in rows) for k in range(len(rows[0]))]
+    lines = ["  ".join(str(c).ljust(w) if k == 0 else str(c).rjust(w) for k, (c, w) in enumerate(zip(row, width))) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def result_tables(results, cfg):
+    """Text of everything scored: a table per grid and metric, a row per checkpoint, the paper's rows below the first."""
+    text = []
+    first = next(iter(results.values()))["summary"]
+    for grid, metrics in first.items():
+        for metric, parts in metrics.items():
+            if metric == "confusion":
+                text.append(f"confusion (rows: truth, columns: prediction; {', '.join(class_names(cfg))}): {parts}")
+                continue
+            columns = list(parts)
+            head = f"{metric}, {grid} {'grid' if grid != 'scans' else ''}".strip()
+            note = {"dice": "%, mean over cases; a class absent from truth and prediction is left out; `mean`: per case over its classes",
+                    "hd95": "mm, lower is better; cases where one of the two masks is empty are left out and counted as missed"}.get(metric, "")
+            rows = [[f"{head}" , *columns]]
+            for name, result in results.items():
+                rows.append([name, *[cell(result["summary"][grid][metric][c]["mean"], metric) for c in columns]])
+                spans = [result["summary"][grid][metric][c] for c in columns]
+                if any("low" in s and not np.isnan(s["low"]) for s in spans):
+                    rows.append(["  95 %", *[f"{cell(s['low'], metric)}..{cell(s['high'], metric)}" if "low" in s else "" for s in spans]])
+            if metric in ("dice", "accuracy", "psnr", "ssim", "nmse") and not text:
+                for name, values in cfg.paper.items():
+                    rows.append([f"{name} [paper]", *[str(values.get(c, "-")) for c in columns]])
+            text.append(text_table(rows) + (f"\n({note})" if note else ""))
+    return "\n\n".join(text)
+
+
+def compare(results, cfg):
+    """Paired difference of each checkpoint to the first, on the main score, case by case."""
+    grid, metric, part = TASKS[cfg.task].best
+    names, lines = list(results), []
+    for name in names[1:]:
+        if cfg.task == "classification":
+            right = [[float(np.argmax(list(r["scores"]["scans"]["probability"].values())) == r["scores"]["scans"]["class"]["true"])
+                      for r in results[n]["rows"]] for n in (name, names[0])]
+            what = "accuracy"
+        else:
+            right = [[r["scores"][grid][metric].get(part, np.nan) for r in results[n]["rows"]] for n in (name, names[0])]
+            what = f"{metric} {part}"
+        mean, low, high = paired_difference(*right)
+        lines.append(f"{name} minus {names[0]}: {what} {mean:+.4f}, 95 % interval {low:+.4f} .. {high:+.4f} ({len(right[0])} cases, paired)")
+    return "\n".join(lines)
+
+
+def restore(path, cfg, device):
+    """The fine-tuned network of a checkpoint; exits with one line when it is none, or another one."""
+    network = TASKS[cfg.task].network(cfg)
+    try:
+        report = load_weights(network, path)
+        stored = read_file(path)
+    except WeightsError as error:
+        raise SystemExit(str(error)) from None
+    if report["initial"]:
+        raise SystemExit(f"{path}: holds no fine-tuned {cfg.task} network, {sum(report['initial'].values())} tensors are missing "
+                         f"({', '.join(report['initial'])}); expected the best.pt of finetune.py")
+    lost = [r for r in report["reasons"].values() if "outputs" in r]
+    if lost:
+        raise SystemExit(f"{path}: {lost[0]}; the config declares other classes than it was trained for")
+    then = stored.get("config")                                         # of finetune.py; other files do not say
+    for key in ("task", "in_channels", "labels", "regions", "classes", "residual") if isinstance(then, dict) else ():
+        theirs, ours = then.get(key), getattr(cfg, key)
+        if theirs != ours or key == "regions" and list(theirs) != list(ours):       # the channels follow the order of regions
+            raise SystemExit(f"{path}: trained with {key} = {theirs!r}, the config has {ours!r}")
+    for line in preprocessing_differences(stored.get("preprocessing"), cfg):
+        print(f"{path}: {line} here")
+    return network.to(device).eval()
+
+
+def preprocessing_differences(then, cfg):
+    """A line for each key under which a checkpoint was trained otherwise than the config says; labels are no part of it."""
+    now = {key: value for key, value in data.preprocessing(cfg).items() if key not in ("labels", "remap")}
+    return [f"preprocessing differs: {key} was {then.get(key)!r} in training, is {value!r}" for key, value in now.items()
+            if json.dumps(then.get(key)) != json.dumps(value)] if isinstance(then, dict) else []
+
+
+def check_channels(scans, cfg):
+    for scan in scans:
+        if scan.record["channels"] != cfg.in_channels:
+            raise SystemExit(f"{scan.case['images'][0]}: the scan has {scan.record['channels']} channels, in_channels = {cfg.in_channels}")
+    return scans
+
+
+def versions():
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+    return dict(torch=str(torch.__version__), numpy=np.__version__, nibabel=nib.__version__, commit=git.stdout.strip() or "unknown",
+                device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", argv=sys.argv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 10. features of an encoder
+
+
+def load_encoder(path, cfg, device, seed=None):
+    """Swin3D as the checkpoint states it, or with random weights ("random")."""
+    if path == "random":
+        torch.manual_seed(cfg.seed if seed is None else seed)
+        encoder = Swin3D(cfg.in_channels, **swin(cfg))
+    else:
+        try:
+            stated = read_file(path).get("arguments", {})
+            known = {k: stated[k] for k in swin(cfg) if k in stated} if isinstance(stated, dict) else {}
+            encoder = Swin3D(stated.get("in_channels", cfg.in_channels), **(swin(cfg) | known | {"checkpointing": False}))
+            load_weights(encoder, path)
+        except WeightsError as error:
+            raise SystemExit(str(error)) from None
+    return encoder.to(device).eval()
+
+
+@torch.no_grad()
+def encode(encoder, volume, crop, patch, device):
+    """Token features (c, i, j, k) of one volume (c, x, y, z), in patches of `patch` voxels counted from voxel 0.
+
+    The encoder sees crops side by side, as in pre-training; the last ones of an axis overlap so that all lie inside the volume
+    padded to a multiple of 32. Only patches that lie wholly in the volume are returned.
+    """
+    level = int(math.log2(patch)) - 1
+    size = [max(c, -(-n // 32) * 32) for n, c in zip(volume.shape[1:], crop)]
+    pad = [p for n, s in zip(volume.shape[:0:-1], size[::-1]) for p in (0, s - n)]
+    volume = F.pad(volume[None].float(), pad, value=float(volume.min()))
+    starts = [sorted({*range(0, s - c + 1, c), s - c}) for s, c in zip(size, crop)]
+    out = None
+    for corner in itertools.product(*starts):
+        x, y, z = (slice(s, s + c) for s, c in zip(corner, crop))
+        tokens = encoder(volume[:, :, x, y, z].to(device))[level][0].float().cpu()
+        if out is None:
+            out = torch.zeros(len(tokens), *[s // patch for s in size])
+        i, j, k = (slice(s // patch, (s + c) // patch) for s, c in zip(corner, crop))
+        out[:, i, j, k] = tokens
+    return out[:, :(size[0] - pad[5]) // patch, :(size[1] - pad[3]) // patch, :(size[2] - pad[1]) // patch]
+
+
+def probe_source(cfg):
+    """The config with the files of the probe and the figures instead of its own, where it names any."""
+    if cfg.probe_datalist:
+        return dataclasses.replace(cfg, scans=(), image=(), label="", datalist=cfg.probe_datalist)
+    if cfg.probe_image:
+        return dataclasses.replace(cfg, scans=(), datalist="", image=cfg.probe_image, label=cfg.probe_label)
+    return cfg
+
+
+def probe_scans(cfg):
+    """Labelled scans of the probe, preprocessed as the config says."""
+    scans = [scan for scan in data.open_scans(probe_source(cfg)) if scan.case["label"]]
+    if len(scans) < 2:
+        raise SystemExit(f"a probe needs at least two labelled scans, found {len(scans)}; give probe_image and probe_label, or probe_datalist")
+    return scans
+
+
+def organ_tokens(encoder, scans, cfg, device):
+    """(t, c) features, (t,) organ ids, (t,) scan numbers of all tokens that show an organ."""
+    parts = []
+    for n, scan in enumerate(scans):
+        features = encode(encoder, torch.from_numpy(np.ascontiguousarray(scan.open())), cfg.crop, cfg.token_patch, device)
+        i, j, k = features.shape[1:]
+        label = scan.open("label")[0][:i * cfg.token_patch, :j * cfg.token_patch, :k * cfg.token_patch]
+        ids, _ = token_labels(np.ascontiguousarray(label), cfg.token_patch, cfg.probe_share)
+        x = rearrange(features, "c i j k -> (i j k) c").numpy()
+        parts.append((x[ids > 0], ids[ids > 0], np.full((ids > 0).sum(), n)))
+    return [np.concatenate(each) for each in zip(*parts)]
+
+
+@torch.no_grad()
+def correspondence_accuracy(encoder, scans, cfg, device):
+    """Share of matched tokens whose most similar token of V' (cosine of encoder features) is the true partner; V' moved by the
+    config's rotation, scale, shear and shift, one slab a scan."""
+    slabs, right, total = data.Slabs(scans, cfg, 1, cfg.seed), 0, 0
+    grid = tuple(s // cfg.token_patch for s in cfg.slab)
+    for n, scan in enumerate(scans):
+        batch = data.collate([slabs.sample(scan, np.random.default_rng((cfg.seed, n)))])
+        valid, valid_ = data.tokens_inside(batch, grid, cfg.token_patch)
+        _, i, j = data.matches(batch["H"], grid, cfg.token_patch).T
+        V, V_, _ = data.views(batch, cfg)
+        tokens = [rearrange(encode(encoder, view[0], cfg.crop, cfg.token_patch, device), "c i j k -> 1 (i j k) c") for view in (V, V_)]
+        sim = losses.similarity(*tokens)[0].masked_fill(~valid_, -2)
+        fair = valid[0, i] & valid_[0, j]
+        right += int((sim.argmax(1)[i] == j)[fair].sum())
+        total += int(fair.sum())
+    return right / max(total, 1)
+
+
+def probe(cfg, device):
+    """Numbers that need no fine-tuning, one row per encoder, random weights first."""
+    scans = probe_scans(cfg)
+    first = max(1, min(len(scans) - 1, round(cfg.probe_train * len(scans))))
+    print(f"probe: {first} scans train, {len(scans) - first} test; tokens of {cfg.token_patch} voxels that show an organ")
+    files = list(data._tuple(cfg.checkpoint)) or [str(Path(cfg.runs) / cfg.name / "encoder.pt")]
+    rows, results = [["encoder", "linear probe", "k-NN", "silhouette cos", "silhouette eucl", "effective rank", "correspondence"]], {}
+    for path in ["random", *files]:
+        encoder = load_encoder(path, cfg, device)
+        x, y, n = organ_tokens(encoder, scans, cfg, device)
+        train = n < first
+        linear = linear_probe(x[train], y[train], x[~train], y[~train], cfg.seed, cfg.probe_limit)
+        near = knn_probe(x[train], y[train], x[~train], y[~train], cfg.seed, cfg.probe_limit)
+        result = dict(linear=linear, knn=near, silhouette_cosine=silhouette(x[~train], y[~train], "cosine"),
+                      silhouette_euclidean=silhouette(x[~train], y[~train], "euclidean"), effective_rank=effective_rank(x[~train]),
+                      correspondence=correspondence_accuracy(encoder, scans[first:], cfg, device), tokens=[int(train.sum()), int((~train).sum())])
+        results[path] = result
+        rows.append([path, *[f"{v:.3f}" for v in (linear["balanced_accuracy"], near["balanced_accuracy"], result["silhouette_cosine"][0],
+                                                  result["silhouette_euclidean"][0], result["effective_rank"], result["correspondence"])]])
+    print(text_table(rows))
+    print("(linear probe and k-NN: balanced accuracy over organs, 1 all right; silhouette: 1 apart, 0 mixed; correspondence: share of tokens "
+          "found again after the config's moves)")
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 11. figures: what an encoder learned, as pictures with the numbers behind them
+
+
+class NoFigure(Exception):
+    """Why a picture cannot be made of the scans, checkpoints or log at hand; one line."""
+
+
+class Shown:
+    """What several pictures share, made when the first of them asks: a scan, its query points, encoders, tokens, a moved copy."""
+
+    def __init__(self, cfg, device):
+        self.cfg, self.device, self.source = cfg, device, probe_source(cfg)
+        self.files = list(data._tuple(cfg.checkpoint)) or [str(Path(cfg.runs) / cfg.name / "encoder.pt")]
+        self.encoders, self.encoded = {}, {}
+
+    @functools.cached_property
+    def cases(self):
+        return data.find_cases(self.source)
+
+    @functools.cached_property
+    def scan(self):
+        found = [case for case in self.cases if case["id"] == (self.cfg.figure_scan or self.cases[0]["id"])]
+        if not found:
+            raise SystemExit(f"figure_scan = {self.cfg.figure_scan!r}, no case has that id; there are: "
+                             f"{', '.join(case['id'] for case in self.cases[:4])} ..")
+        scan = data.open_scans(self.source, found)[0]
+        if min(scan.shape) < self.cfg.token_patch:
+            raise SystemExit(f"{scan.id}: {scan.shape} voxels do not hold one patch of {self.cfg.token_patch}")
+        self.grid = tuple(s // self.cfg.token_patch for s in scan.shape)
+        return scan
+
+    def patches(self, volume):
+        """(x, y, z) -> (t, voxels of a patch)"""
+        p, (i, j, k) = self.cfg.token_patch, self.grid
+        return rearrange(np.asarray(volume[:i * p, :j * p, :k * p]), "(i p) (j q) (k r) -> (i j k) (p q r)", p=p, q=p, r=p)
+
+    @functools.cached_property
+    def names(self):
+        """{organ id: name}, of the config or the datalist."""
+        known = self.cfg.labels
+        if not known and self.source.datalist:
+            listed = json.loads((data.root(self.source) / self.source.datalist).read_text()).get("labels", {})
+            known = {int(k): str(v) for k, v in listed.items() if str(k).isdigit()} if isinstance(listed, dict) else {}
+        return known
+
+    def name(self, organ):
+        return str(self.names.get(organ, f"organ {organ}")).replace("_", " ")
+
+    @functools.cached_property
+    def queries(self):
+        """[(name, organ id or None, point (3,) in voxels)]: the point that was asked for; or of every organ the purest patch that is
+        nearest to the middle; or, without labels, the middle of the scan."""
+        cfg, scan = self.cfg, self.scan
+        for key in ("query", "query_mm"):
+            if getattr(cfg, key) and (len(getattr(cfg, key)) != 3 or not configs._numbers(getattr(cfg, key))):
+                raise SystemExit(f"{key} = {getattr(cfg, key)}, expected three numbers")
+        if cfg.query and cfg.query_mm:
+            raise SystemExit(f"query = {cfg.query} and query_mm = {cfg.query_mm} name a point each, give one of them")
+        if cfg.query or cfg.query_mm:
+            point = np.array(cfg.query, float) if cfg.query else (np.linalg.inv(scan.affine) @ [*cfg.query_mm, 1])[:3]
+            self.cell(point)
+            return [("query", None, point)]
+        centres = data.patch_centres(self.grid, cfg.token_patch).numpy()
+        if not scan.case["label"]:
+            middle = centres[np.ravel_multi_index([n // 2 for n in self.grid], self.grid)]
+            print(f"{scan.id}: no label and no query, the point shown is the middle of the scan, voxel {tuple(middle)}")
+            return [("middle of the scan", None, middle)]
+        ids, purity = self.organs
+        asked = [int(k) for k in cfg.figure_organs] or sorted(set(ids.tolist()) - {0})
+        lost = [k for k in asked if k not in ids]
+        if lost or not asked:
+            raise SystemExit(f"{scan.id}: no patch of {cfg.token_patch} voxels shows organ {lost[0]}" if lost else
+                             f"{scan.id}: its label shows no organ in any patch of {cfg.token_patch} voxels; give a query")
+        points = []
+        for k in asked:
+            away = np.linalg.norm(centres - centres[ids == k].mean(0), axis=1)
+            best = (ids == k) & (purity == purity[ids == k].max())
+            points.append((self.name(k), k, centres[np.where(best, away, np.inf).argmin()]))
+        return points
+
+    @functools.cached_property
+    def organs(self):
+        p, label = self.cfg.token_patch, self.scan.open("label")[0]
+        return token_labels(np.ascontiguousarray(label[tuple(slice(n * p) for n in self.grid)]), p)
+
+    def cell(self, point):
+        """Token (i, j, k) whose patch holds a point."""
+        cell = np.floor((np.asarray(point) + 0.5) / self.cfg.token_patch).astype(int)
+        if (cell < 0).any() or (cell >= self.grid).any():
+            raise SystemExit(f"query: voxel {tuple(np.round(point, 1).tolist())} lies outside the patches of {self.scan.id}, which "
+                             f"span voxels 0 to {tuple(n * self.cfg.token_patch - 1 for n in self.grid)}")
+        return tuple(cell.tolist())
+
+    def encoder(self, file):
+        if file not in self.encoders:
+            encoder, channels = load_encoder(file, self.cfg, self.device), self.scan.record["channels"]
+            if encoder.arguments["in_channels"] != channels:
+                raise SystemExit(f"{file}: takes {encoder.arguments['in_channels']} channels, {self.scan.id} has {channels}")
+            self.encoders[file] = encoder
+        return self.encoders[file]
+
+    def tokens(self, file, moved=False):
+        """(c, i, j, k) features of the scan, or of its moved copy."""
+        if (file, moved) not in self.encoded:
+            volume = self.pair["V'"] if moved else torch.from_numpy(np.ascontiguousarray(self.scan.open()))
+            self.encoded[file, moved] = encode(self.encoder(file), volume, self.cfg.crop, self.cfg.token_patch, self.device)
+        return self.encoded[file, moved]
+
+    @functools.cached_property
+    def pair(self):
+        """V, the whole scan, and V', moved and jittered as pre-training does with this config; H; long (m, 2) true matches (i, j)
+        of Eq. 2-3 inside the scan; valid_ (t,), which tokens of V' show the scan; tissue (t,), which of V are above its mean."""
+        scan, patch = self.scan, self.cfg.token_patch
+        whole = dataclasses.replace(self.cfg, slab=scan.shape, crop=scan.shape)
+        batch = data.collate([data.Slabs([scan], whole, 1, whole.seed).sample(scan, np.random.default_rng(whole.seed))])
+        V, V_, _ = data.views(batch, whole)
+        valid, valid_ = data.tokens_inside(batch, self.grid, patch)
+        _, i, j = data.matches(batch["H"], self.grid, patch).T
+        matched = torch.stack([i, j], 1)[valid[0, i] & valid_[0, j]]
+        means = self.patches(V[0, 0].numpy()).mean(1)
+        return {"V": V[0], "V'": V_[0], "H": batch["H"][0].numpy(), "matches": matched, "valid_": valid_[0], "tissue": means > V[0, 0].mean().item()}
+
+    def about(self):
+        """What every JSON file states first."""
+        return dict(scan=self.scan.id, shape=self.scan.shape, spacing=self.scan.spacing, patch=self.cfg.token_patch, grid=self.grid)
+
+
+def titles(files):
+    """{file: short heading}"""
+    short = {f: "random weights" if f == "random" else "/".join(Path(f).with_suffix("").parts[-2:]).removesuffix("/encoder") for f in files}
+    return short if len(set(short.values())) == len(files) else {f: str(f) for f in files}
+
+
+def cosine_map(tokens, cell):
+    """Cosine similarity (i, j, k) of all tokens (c, i, j, k) with the one at `cell`; 1 the same direction."""
+    query = rearrange(tokens[(slice(None), *cell)], "c -> 1 1 c")
+    sim = losses.similarity(query, rearrange(tokens, "c i j k -> 1 (i j k) c"))
+    return sim.reshape(tokens.shape[1:]).numpy()
+
+
+def rows_of(tokens, tokens_, which=None, size=2048):
+    """Blocks (rows, t) of the similarity between tokens (c, i, j, k) of V, all or those in `which`, and all of V'."""
+    q, k = (rearrange(t, "c i j k -> 1 (i j k) c") for t in (tokens, tokens_))
+    for block in (torch.arange(q.shape[1]) if which is None else which).split(size):
+        yield losses.similarity(q[:, block], k)[0]
+
+
+def components(tokens, n=3):
+    """First n principal components (i, j, k, n) of tokens (c, i, j, k), each one's share of the variance (n,). The sign of a component
+    is arbitrary; here its largest weight is positive, so that a picture does not change from machine to machine."""
+    x = rearrange(tokens, "c i j k -> (i j k) c").double().numpy()
+    x = x - x.mean(0)
+    values, vectors = np.linalg.eigh(x.T @ x)
+    vectors = vectors[:, ::-1][:, :n]
+    vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), np.arange(n)])
+    return (x @ vectors).reshape(*tokens.shape[1:], n), values[::-1][:n] / values.sum()
+
+
+def plane_sheet(path, shown, point, columns, title, organ=None, mark=True):
+    """One PNG: a row per plane through `point` (3,) voxels, a column per volume, all at one scale in mm; the scan comes first.
+
+    columns  (heading, volume, scale): volume (i, j, k) of tokens with scale (colour map, low, high, unit), or colours (i, j, k, 3) in
+             [0, 1] with scale (what they mean)
+    organ    id that is outlined where the label has it;   mark: a square on the patch that holds the point
+    """
+    from matplotlib.figure import Figure
+    scan, n = shown.scan, len(columns) + 1
+    mm = np.array(scan.shape) * scan.spacing
+    heights, widest = [mm[plane[3]] for plane in PLANES], max(mm[plane[2]] for plane in PLANES)
+    width, side, gap, head, foot = max(9.0, 0.4 + 1.7 * n), 0.4, 0.08, 0.8, 0.65                    # inches
+    scale = min((width - side - gap) / n / widest - gap / widest, 10 / sum(heights))               # inches per mm
+    total = head + sum(heights) * scale + 3 * gap + foot
+    figure = Figure((width, total), facecolor="white")
+    figure.text(0.5, 1 - 0.1 / total, title, ha="center", va="top", fontsize=11)
+    image = scan.open()[0].astype(np.float32)
+    unit, low_high = "z-score", (0, 1)
+    if shown.cfg.intensity != "zscore":
+        unit, low_high = "voxel value in the file (CT: HU)", shown.cfg.window
+    image = image if unit == "z-score" else image * np.float32(low_high[1] - low_high[0]) + np.float32(low_high[0])
+    cuts = np.concatenate([_cut(plane, np.round(point).astype(int), image)[0].ravel() for plane in PLANES])
+    columns = [("scan", image, ("gray", *np.percentile(cuts, [1, 99.5]), unit)), *columns]
+    start = side + (width - side - n * (widest * scale + gap)) / 2
+    for column, (heading, volume, colours) in enumerate(columns):
+        left, top = start + column * (widest * scale + gap), total - head
+        figure.text((left + widest * scale / 2) / width, (top + 0.06) / total, heading, ha="center", va="bottom", fontsize=9)
+        for plane, height in zip(PLANES, heights):
+            w, h = mm[plane[2]] * scale, height * scale
+            axes = figure.add_axes(((left + (widest * scale - w) / 2) / width, (top - h) / total, w / width, h / total))
+            drawn = _plane(axes, shown, plane, point, volume, colours, organ, mark)
+            if column == 0:
+                figure.text((start - 0.08) / width, (top - h / 2) / total, f"{plane[0]}, {'xyz'[plane[1]]} = {point[plane[1]]:g}", rotation=90,
+                            ha="right", va="center", fontsize=9)
+            top -= h + gap
+        if len(colours) == 1:
+            figure.text((left + widest * scale / 2) / width, (top - 0.02) / total, colours[0], ha="center", va="top", fontsize=8)
+        else:
+            bar = figure.add_axes(((left + 0.1) / width, (top - 0.12) / total, (widest * scale - 0.2) / width, 0.1 / total))
+            figure.colorbar(drawn, cax=bar, orientation="horizontal").set_label(colours[3], fontsize=8, labelpad=1)
+            bar.tick_params(labelsize=8)
+            bar.locator_params(nbins=4)
+    figure.savefig(path, dpi=150)
+
+
+def _plane(axes, shown, plane, point, volume, colours, organ, mark):
+    """One slice in the frame of the scan's voxels, whether it holds voxels or tokens; R, or the front, on the left."""
+    from matplotlib.patches import Rectangle
+    _, cut, across, up, letters = plane
+    shape, p = shown.scan.shape, 1 if volume.shape == shown.scan.shape else shown.cfg.token_patch
+    centre = np.floor((np.asarray(point) + 0.5) / p).astype(int)
+    picture = np.stack(_cut(plane, centre, *(rearrange(volume, "i j k c -> c i j k") if volume.ndim == 4 else volume[None])), -1)
+    end = shape[across] - 0.5                                              # tokens end before the scan where no whole patch fits
+    look = dict(cmap=colours[0], vmin=colours[1], vmax=colours[2]) if len(colours) > 1 else {}
+    drawn = axes.imshow(picture[..., 0] if volume.ndim == 3 else picture, origin="lower", aspect="auto", interpolation="nearest",
+                        extent=(end - picture.shape[1] * p, end, -0.5, picture.shape[0] * p - 0.5), **look)
+    axes.set(xlim=(-0.5, end), ylim=(-0.5, shape[up] - 0.5), xticks=[], yticks=[], facecolor="0.6")
+    if organ is not None:
+        mask = _cut(plane, np.round(point).astype(int), shown.scan.open("label")[0] == organ)[0]
+        if mask.any():
+            axes.contour(mask, [0.5], colors=["white"], linewidths=0.9)
+    if mark:
+        edge = shown.cfg.token_patch
+        x, y = (np.array(shown.cell(point)) * edge - 0.5)[[across, up]]
+        for colour, line in (("black", 2.6), ("#56B4E9", 1.3)):
+            axes.add_patch(Rectangle((shape[across] - 1 - x - edge, y), edge, edge, fill=False, edgecolor=colour, linewidth=line))
+    _letters(axes, letters)
+    return drawn
+
+
+def similarity_sheets(shown, out, kind, heads):
+    """A sheet per query point: where the scan looks like it to each encoder of {file: heading}, all on one colour scale."""
+    scan, numbers, made = shown.scan, [], []
+    for name, organ, point in shown.queries:
+        cell = shown.cell(point)
+        maps = {file: cosine_map(shown.tokens(file), cell) for file in heads}
+        look = ("magma", min(m.min() for m in maps.values()), 1.0, "cosine similarity")
+        made.append(out / (f"{kind}_{data._plain_id(name.replace(' ', '_'))}.png" if len(shown.queries) > 1 else f"{kind}.png"))
+        mm = (scan.affine @ [*point, 1])[:3]
+        plane_sheet(made[-1], shown, point, [(heads[file], m, look) for file, m in maps.items()],
+                    f"Similarity to the marked patch: {name}, {scan.id}, R A S = {', '.join(f'{v:.0f}' for v in mm)} mm", organ)
+        numbers.append(dict(name=name, organ=organ, voxel=point, mm=mm, token=cell, maps={f: np.round(m, 5) for f, m in maps.items()}))
+    write_json(out / f"{kind}.json", shown.about() | dict(headings=heads, queries=numbers))
+    return made
+
+
+def draw_similarity(shown, out):
+    """Fig. 1B: cosine similarity of a query patch with all patches of the scan, a column per encoder."""
+    return similarity_sheets(shown, out, "similarity", titles(shown.files))
+
+
+def draw_evolution(shown, out):
+    """Fig. 7: the same maps from the checkpoints that pre-training kept (its key `keep`), random weights first."""
+    run = Path(shown.cfg.runs) / shown.cfg.name
+    kept = sorted((int(path.stem.split("-")[1]), str(path)) for path in run.glob("encoder-*.pt") if path.stem.split("-")[1].isdigit())
+    if not kept:
+        raise NoFigure(f"{run} holds no encoder-<step>.pt; pre-train with, for instance, --keep=\"(10, 100, 1000)\"")
+    if (run / "encoder.pt").exists():
+        last = read_file(run / "encoder.pt").get("step")
+        kept += [] if last in dict(kept) else [(last, str(run / "encoder.pt"))]
+    return similarity_sheets(shown, out, "evolution", {"random": "random weights"} | {file: f"step {step}" for step, file in kept})
+
+
+def draw_distribution(shown, out):
+    """Fig. 3: of two patches the similarities with all patches of V' and their Sharpe ratio (Eq. 6); the map of the ratio over V.
+
+    The two: the highest and the lowest ratio that the last encoder gives to patches that show an organ (without labels: tissue)
+    and have their true partner in V'. With a query point it alone.
+    """
+    from matplotlib.figure import Figure
+    scan, pair, heads = shown.scan, shown.pair, titles(shown.files)
+    usable = pair["valid_"]
+    ratio = {f: torch.cat([losses.sharpe_ratio(rows[None], 2, usable[None])[0] for rows in rows_of(shown.tokens(f), shown.tokens(f, True))]).numpy()
+             for f in heads}
+    ids = shown.organs[0] if scan.case["label"] else None
+    if shown.cfg.query or shown.cfg.query_mm:
+        chosen = {"query": int(np.ravel_multi_index(shown.cell(shown.queries[0][2]), shown.grid))}
+    else:
+        candidates = np.zeros(len(usable), bool)
+        candidates[pair["matches"][:, 0].unique()] = True
+        candidates &= pair["tissue"] if ids is None else ids > 0
+        if not candidates.any():
+            raise NoFigure("no patch of an organ, or of tissue, has its partner in V' under the config's moves")
+        last = ratio[shown.files[-1]]
+        chosen = {"highest": int(np.where(candidates, last, -np.inf).argmax()), "lowest": int(np.where(candidates, last, np.inf).argmin())}
+    centres = data.patch_centres(shown.grid, shown.cfg.token_patch).numpy()
+    figure = Figure((9, 2.6 + 2.2 * len(heads)), facecolor="white", layout="constrained")
+    figure.suptitle(f"Similarity of one patch of V with the {int(usable.sum())} patches of V', {scan.id}", fontsize=11)
+    axes = figure.subplots(1 + len(heads), len(chosen), squeeze=False, height_ratios=[1.3] + [1] * len(heads))
+    numbers = []
+    image = scan.open()[0].astype(np.float32)
+    for column, (which, token) in zip(axes.T, chosen.items()):
+        where = "" if ids is None or not ids[token] else f"{shown.name(ids[token])}, "
+        _plane(column[0], shown, PLANES[0], centres[token], image, ("gray", *np.percentile(image, [1, 99.5]), ""), None, True)
+        column[0].set_aspect(scan.spacing[1] / scan.spacing[0])
+        column[0].set_title(f"{which}{'' if which == 'query' else ' Sharpe ratio'}: {where}axial, z = {centres[token][2]:g}", fontsize=9)
+        partners = pair["matches"][pair["matches"][:, 0] == token][:, 1]
+        for axis, f in zip(column[1:], heads):
+            sim = next(rows_of(shown.tokens(f), shown.tokens(f, True), torch.tensor([token])))[0]
+            values, true = sim[usable].numpy(), sim[partners].tolist()
+            numbers.append(dict(which=which, encoder=f, token=token, voxel=centres[token], organ=None if ids is None else ids[token],
+                                sharpe_ratio=ratio[f][token], largest=values.max(), mean=values.mean(), deviation=values.std(),
+                                similarities=np.round(values, 5), true_partners=true))
+            _histogram(axis, numbers[-1], heads[f])
+    figure.savefig(out / "distribution.png", dpi=150)
+    top = max(float(r.max()) for r in ratio.values())
+    least = min(float(r.min()) for r in ratio.values())
+    plane_sheet(out / "distribution_map.png", shown, centres[next(iter(chosen.values()))],
+                [(heads[f], r.reshape(shown.grid), ("viridis", least, top, "Sharpe ratio, Eq. 6")) for f, r in ratio.items()],
+                f"Sharpe ratio of every patch of V against V', {scan.id}: high: one peak; low: many similar patches")
+    write_json(out / "distribution.json", shown.about() | dict(H=pair["H"], tokens=numbers, sharpe_ratio={f: np.round(r, 5).reshape(shown.grid) for f, r in ratio.items()}))
+    return [out / "distribution.png", out / "distribution_map.png"]
+
+
+def _histogram(axes, n, heading):
+    """Similarities of one patch on a logarithmic count, so that a peak of one patch is seen beside thousands."""
+    axes.hist(n["similarities"], np.linspace(-1, 1, 81), color="#0072B2", log=True)
+    axes.axvline(n["mean"], color="0.3", linewidth=1, linestyle=":", label="mean")
+    axes.axvline(n["largest"], color="#D55E00", linewidth=1.2, label="largest")
+    for k, value in enumerate(n["true_partners"]):
+        axes.plot(value, 0.62, marker="^", color="#009E73", markersize=7, clip_on=False, linestyle="", label="true partner" if k == 0 else None)
+    axes.set(xlim=(-1, 1), ylim=(0.6, None), xlabel="cosine similarity", ylabel="patches")
+    axes.set_title(f"{heading}: ({n['largest']:.2f} - {n['mean']:.2f}) / {n['deviation']:.2f} = {n['sharpe_ratio']:.2f}", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.legend(fontsize=7, frameon=False, loc="upper left")
+
+
+def draw_tsne(shown, out):
+    """Fig. 4, 5: t-SNE (perplexity 24, as published) of tokens that show an organ, and the silhouette of every organ."""
+    from matplotlib.figure import Figure
+    manifold, cfg = _need("sklearn.manifold", "scikit-learn"), shown.cfg
+    labelled = [case for case in shown.cases if case["label"]]
+    if not labelled:
+        raise NoFigure("the scans have no labels; give probe_image and probe_label, or probe_datalist")
+    scans, heads, numbers = data.open_scans(shown.source, labelled), titles(shown.files), {}
+    for f in heads:
+        x, y, n = organ_tokens(shown.encoder(f), scans, cfg, shown.device)
+        kept = _thin(y, cfg.seed, cfg.figure_tokens)
+        if len(np.unique(y)) < 2 or len(kept) <= 24:
+            raise NoFigure(f"{len(kept)} tokens of {len(np.unique(y))} organs in {len(scans)} scans, a perplexity of 24 needs more than 24 of two")
+        flat = manifold.TSNE(2, perplexity=24, init="pca", random_state=cfg.seed).fit_transform(x[kept])
+        numbers[f] = dict(points=np.round(flat, 3), organ=y[kept], scan=n[kept], tokens={int(k): int((y == k).sum()) for k in np.unique(y)})
+        for metric in ("euclidean", "cosine"):
+            mean, each = silhouette(x, y, metric, cfg.seed)
+            numbers[f][metric] = dict(mean=mean, organs=each, mean_of_organs=_mean(list(each.values())))
+    organs = sorted(numbers[shown.files[0]]["tokens"])
+    figure = Figure((9, 8.6), facecolor="white", layout="constrained")
+    figure.suptitle(f"Tokens of {cfg.token_patch} voxels that show an organ, {len(scans)} scans; t-SNE, perplexity 24", fontsize=11)
+    above, below = figure.subfigures(2, 1, height_ratios=[1.15, 1])
+    for axes, f in zip(above.subplots(1, len(heads), squeeze=False)[0], heads):
+        flat, y = numbers[f]["points"], numbers[f]["organ"]
+        for k in organs:
+            axes.scatter(*flat[y == k].T, s=5, color=_colour(k), linewidths=0, label=f"{k} {shown.name(k)}")
+        for k in organs:                                                   # the number where the organ is densest to the eye
+            axes.text(*np.median(flat[y == k], 0), k, fontsize=8, weight="bold", ha="center", va="center",
+                      bbox=dict(facecolor="white", alpha=0.7, linewidth=0, pad=0.8))
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(f"{heads[f]}: silhouette {numbers[f]['euclidean']['mean']:.3f} Euclidean, {numbers[f]['cosine']['mean']:.3f} cosine", fontsize=9)
+    handles, labels = axes.get_legend_handles_labels()
+    above.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False, markerscale=3)
+    for axes, metric in zip(below.subplots(2, 1, sharex=True), ("euclidean", "cosine")):
+        for k, f in enumerate(heads):
+            values = [*numbers[f][metric]["organs"].values(), numbers[f][metric]["mean"]]
+            axes.bar(np.arange(len(values)) + (k + 0.5) / len(heads) * 0.8 - 0.4, values, 0.75 / len(heads), color=_colour(5 + k) if k else "0.6", label=heads[f])
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.axvline(len(organs) - 0.5, color="0.6", linewidth=0.8)
+        axes.set_ylabel(f"silhouette,\n{'Euclidean' if metric == 'euclidean' else 'cosine'}", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.set_xticks(range(len(organs) + 1), [*map(shown.name, organs), "all tokens"], rotation=35, ha="right", fontsize=8)
+    axes.figure.axes[-2].legend(fontsize=8, frameon=False, ncols=len(heads))
+    figure.savefig(out / "tsne.png", dpi=150)
+    write_json(out / "tsne.json", dict(scans=[s.id for s in scans], perplexity=24, names={k: shown.name(k) for k in organs}, encoders=numbers))
+    return [out / "tsne.png"]
+
+
+def draw_pca(shown, out):
+    """Fig. 6: the first three principal components of a scan's tokens as red, green, blue, and the first alone; central slices."""
+    heads, columns, numbers = titles(shown.files), [], {}
+    for f in heads:
+        values, share = components(shown.tokens(f))
+        low, high = np.percentile(values.reshape(-1, 3), [1, 99], axis=0)
+        columns.append((f"{heads[f]}\nthree components", np.clip((values - low) / (high - low), 0, 1),
+                        (f"red, green, blue:\n{', '.join(f'{s:.0%}' for s in share)} of the variance",)))
+        columns.append((f"{heads[f]}\nfirst component", values[..., 0], ("cividis", low[0], high[0], "first component")))
+        numbers[f] = dict(share_of_variance=share, components=np.round(values, 5))
+    middle = np.array([(n // 2 + 0.5) * shown.cfg.token_patch - 0.5 for n in (shown.scan and shown.grid)])
+    plane_sheet(out / "pca.png", shown, middle, columns, f"Principal components of the tokens, {shown.scan.id}", mark=False)
+    write_json(out / "pca.json", shown.about() | dict(encoders=numbers))
+    return [out / "pca.png"]
+
+
+def draw_correspondence(shown, out):
+    """V, V' and lines between the centres of matched patches: above the true ones (Eq. 2-3), below the most similar of each encoder.
+
+    V is cut at the layer of patches with most matches. V' is shown on the surface to which H sends that plane, seen along z: so the
+    same tissue lies under both ends of a true line, and where H, warp and the matches disagree, it does not.
+    """
+    from matplotlib.figure import Figure
+    scan, pair, heads, patch = shown.scan, shown.pair, titles(shown.files), shown.cfg.token_patch
+    centres, H, matched = data.patch_centres(shown.grid, patch).numpy(), pair["H"], pair["matches"].numpy()
+    i, first = np.unique(matched[pair["tissue"][matched[:, 0]], 0], return_index=True)
+    j = matched[pair["tissue"][matched[:, 0]]][first, 1]
+    back = np.linalg.inv(H)
+    if not len(i) or abs(back[2, 2]) < 0.3:
+        raise NoFigure("the config's moves leave no matched patch of tissue in sight, or put the axial plane on edge; try another seed or a smaller rotation")
+    layers, counts = np.unique(centres[i, 2], return_counts=True)
+    layer = layers[counts.argmax()]
+    i, j = i[centres[i, 2] == layer], j[centres[i, 2] == layer]
+    drawn = _far_apart(centres[i], 10)
+    i, j = i[drawn], j[drawn]
+    everyone, numbers = np.unique(matched[:, 0]), {}
+    rows = [("true, by H (Eq. 2-3)", j, None)]
+    for f in heads:
+        sims = [r.masked_fill(~pair["valid_"], -2).argmax(1) for r in rows_of(shown.tokens(f), shown.tokens(f, True), torch.from_numpy(everyone))]
+        guess = dict(zip(everyone.tolist(), torch.cat(sims).tolist()))
+        right = {int(a) for a, b in matched if guess[int(a)] == b}
+        numbers[f] = dict(predicted=[guess[a] for a in i.tolist()], right=len(right), of=len(everyone))
+        rows.append((f"{heads[f]}: {len(right)} of all {len(everyone)} matched patches right", np.array(numbers[f]["predicted"]), [a in right for a in i.tolist()]))
+    cuts = [_sheet_of(pair[name][0].numpy(), G, layer) for name, G in (("V", np.eye(4)), ("V'", back))]
+    tall = 4.0 * scan.shape[1] * scan.spacing[1] / (scan.shape[0] * scan.spacing[0])
+    figure = Figure((9, 0.6 + (tall + 0.35) * len(rows)), facecolor="white")
+    for n, (heading, partner, right) in enumerate(rows):
+        top = 1 - (0.6 + n * (tall + 0.35)) / figure.get_figheight()
+        both = [figure.add_axes((x, top - tall / figure.get_figheight(), 4.0 / 9, tall / figure.get_figheight())) for x in (0.02, 0.98 - 4.0 / 9)]
+        figure.text(0.5, top + 0.05 / figure.get_figheight(), heading, ha="center", va="bottom", fontsize=9)
+        for axes, cut in zip(both, cuts):
+            axes.imshow(cut, cmap="gray", origin="lower", aspect="auto", interpolation="bilinear", vmin=np.percentile(cut, 1), vmax=np.percentile(cut, 99.5))
+            axes.set(xlim=(-0.5, scan.shape[0] - 0.5), ylim=(-0.5, scan.shape[1] - 0.5), xticks=[], yticks=[])
+            _letters(axes, "RLPA")
+        _lines(figure, both, centres[i], centres[partner], centres[j], right, H, patch, scan)
+    figure.text(0.5, 1 - 0.08 / figure.get_figheight(), f"Matched patches of {patch} voxels, {scan.id}: V, axial, z = {layer:g} (left), and V' (right)", ha="center", va="top", fontsize=11)
+    figure.savefig(out / "correspondence.png", dpi=150)
+    write_json(out / "correspondence.json", shown.about() | dict(H=H, layer=layer, i=i, true=j, encoders=numbers))
+    return [out / "correspondence.png"]
+
+
+def _far_apart(points, n):
+    """Indices of n points (t, 3), each the one farthest from those before it, from left to right."""
+    chosen = [int(points[:, 0].argmin())]
+    away = np.linalg.norm(points - points[chosen[0]], axis=1)
+    while len(chosen) < min(n, len(points)):
+        chosen.append(int(away.argmax()))
+        away = np.minimum(away, np.linalg.norm(points - points[chosen[-1]], axis=1))
+    return np.array(sorted(chosen, key=lambda k: tuple(points[k])))
+
+
+def _sheet_of(volume, G, z):
+    """Picture (y, x), the patient's right on the left, of `volume` where G (4, 4) sends its points into the plane `z`."""
+    x, y = np.meshgrid(*map(np.arange, volume.shape[:2]), indexing="ij")
+    height = (z - G[2, 3] - G[2, 0] * x - G[2, 1] * y) / G[2, 2]
+    return rearrange(ndimage.map_coordinates(volume, [x, y, height], order=1, cval=float(volume.min())), "x y -> y x")[:, ::-1]
+
+
+def _lines(figure, both, start, end, true, right, H, patch, scan):
+    """Numbered patches in V and V', lines between their centres; in V' the outline to which H moves the patch of V. Wrong ones dashed, with
+    their distance from the true partner."""
+    from matplotlib.patches import ConnectionPatch, Polygon, Rectangle
+    from matplotlib.patheffects import withStroke
+    mirror, dark = lambda x: scan.shape[0] - 1 - x, [withStroke(linewidth=2.2, foreground="black")]
+    corners = np.array([(-1, -1, 0), (1, -1, 0), (1, 1, 0), (-1, 1, 0)]) * patch / 2
+    for n, (a, b, t) in enumerate(zip(start, end, true)):
+        fine = right is None or right[n]
+        colour = _colour(n + 1) if right is None else "#56B4E9" if fine else "#E69F00"
+        moved = (a + corners) @ H[:3, :3].T + H[:3, 3]
+        for axes, c in zip(both, (a, b)):
+            axes.add_patch(Rectangle((mirror(c[0]) - patch / 2, c[1] - patch / 2), patch, patch, fill=False, edgecolor=colour, linewidth=1.3))
+            axes.text(mirror(c[0]), c[1] + patch * 0.6, n + 1, color=colour, fontsize=8, ha="center", va="bottom", weight="bold", path_effects=dark, clip_on=True)
+        if right is None:
+            both[1].add_patch(Polygon(np.stack([mirror(moved[:, 0]), moved[:, 1]], 1), fill=False, edgecolor="white", linewidth=0.8, linestyle=":"))
+        figure.add_artist(ConnectionPatch((mirror(a[0]), a[1]), (mirror(b[0]), b[1]), "data", "data", axesA=both[0], axesB=both[1],
+                                          color=colour, linewidth=1.1, linestyle="-" if fine else "--"))
+        if not fine:
+            both[1].text(mirror(b[0]), b[1], f"{np.linalg.norm((b - t) * scan.spacing):.0f} mm", color=colour, fontsize=7, ha="center", va="center",
+                         path_effects=dark, clip_on=True)
+
+
+def draw_curves(shown, out):
+    """Losses, matching accuracy, feature spread and learning rate of a pre-training's log.jsonl; loss and validation of a fine-tuning's."""
+    from matplotlib.figure import Figure
+    path = Path(shown.cfg.runs) / shown.cfg.name / "log.jsonl"
+    if not path.exists():
+        raise NoFigure(f"{path}: no such log")
+    lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    steps = [line for line in lines if "step" in line]
+    curves = {key: [[line["step"] for line in steps if key in line], [line[key] for line in steps if key in line]]
+              for key in ("loss", "global", "p2p", "p2s", "accuracy", "spread", "val", "lr", "grad_norm") if any(key in line for line in steps)}
+    if not curves:
+        raise NoFigure(f"{path} holds no logged step")
+    metric = next((line["metric"] for line in steps if "metric" in line), "")
+    panels = [("loss", {"loss": "sum", "global": "L_g", "p2p": "L_p2p", "p2s": "L_p2s"} if "p2p" in curves else {"loss": "training loss"}),
+              ("share of matched tokens", {"accuracy": "matching accuracy"}), ("0 collapsed, 1 apart", {"spread": "feature spread"}),
+              (metric, {"val": f"validation, {metric}"}), ("learning rate", {"lr": "learning rate"}), ("gradient norm", {"grad_norm": "gradient norm"})]
+    panels = [(unit, keys) for unit, keys in panels if set(keys) & set(curves)]
+    panels = panels[:4]
+    figure = Figure((9, 6), facecolor="white", layout="constrained")
+    figure.suptitle(f"{shown.cfg.name}, {steps[-1]['step']} steps", fontsize=11)
+    for axes, (unit, keys) in zip(figure.subplots(2, 2).flat, panels):
+        for (key, text), colour, dash in zip(keys.items(), ("black", "#E69F00", "#0072B2", "#D55E00"), ("-", "--", "-", "-.")):
+            axes.plot(*curves[key], color=colour, linestyle=dash, linewidth=1.6, label=text, marker="." if len(curves[key][0]) < 40 else None, markersize=4)
+        axes.set_title(", ".join(keys.values()) if len(keys) == 1 else "losses", fontsize=10)
+        axes.set_xlabel("step", fontsize=9)
+        axes.set_ylabel(unit, fontsize=9)
+        axes.grid(color="0.9")
+        axes.tick_params(labelsize=8)
+        if len(keys) > 1:
+            axes.legend(fontsize=8, frameon=False)
+        if set(keys) & {"accuracy", "spread", "lr", "loss"}:
+            axes.set_ylim(0, None)
+    figure.savefig(out / "curves.png", dpi=150)
+    write_json(out / "curves.json", dict(log=str(path), metric=metric, curves=curves))
+    return [out / "curves.png"]
+
+
+FIGURES = {"similarity": draw_similarity, "distribution": draw_distribution, "tsne": draw_tsne, "pca": draw_pca,
+           "correspondence": draw_correspondence, "evolution": draw_evolution, "curves": draw_curves}
+
+
+def figures(cfg, device):
+    """The pictures that cfg.figures names, below <out>/figures. One that cannot be made is left out of "all", and an error by name."""
+    _need("matplotlib", "matplotlib")
+    asked = [name.strip() for name in (cfg.figures.split(",") if isinstance(cfg.figures, str) else cfg.figures)]
+    unknown = [name for name in asked if name not in (*FIGURES, "all")]
+    if unknown:
+        raise SystemExit(f"figures: no {unknown[0]!r}; there are: all, {', '.join(FIGURES)}")
+    out = Path(cfg.out or Path(cfg.runs) / cfg.name) / "figures"
+    out.mkdir(parents=True, exist_ok=True)
+    shown = Shown(cfg, device)
+    for name in FIGURES if "all" in asked else asked:
+        try:
+            print(f"{name}: {', '.join(map(str, FIGURES[name](shown, out)))}")
+        except NoFigure as reason:
+            if "all" not in asked:
+                raise SystemExit(f"{name}: {reason}") from None
+            print(f"{name}: left out, {reason}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 12. the study: many small runs, one table
+
+
+@dataclasses.dataclass
+class Study:
+    """The keys of python evaluate.py configs/study.py --study."""
+    study: bool = False
+    name: str = "study"
+    runs: str = "runs"
+    data: str = "data"
+    cache: str = "cache"
+    workers: int = 1                # of each process
+    rows: dict = dataclasses.field(default_factory=dict)            # {row: keys of pretrain.py, or None: not pre-trained}
+    seeds: tuple = ()               # of every row, e.g. (0, 1, 2)
+    jobs: int = 1                   # processes at a time
+    shot_rows: tuple = ()           # rows that are fine-tuned with few labels
+    shots: tuple = ()               # labelled scans, e.g. (1, 2, 4, 8)
+    labelled: int = 20              # training subjects of the fine-tuning config
+    pretrain_config: str = ""
+    finetune_config: str = ""
+    pretrain_keys: dict = dataclasses.field(default_factory=dict)   # for all rows alike
+    finetune_keys: dict = dataclasses.field(default_factory=dict)
+
+
+def study(cfg):
+    """Pre-train every row of cfg.rows with every seed, probe it, fine-tune it with few labels; print and store one table.
+
+    Each run is the ordinary command in a process of its own, so that a row can be repeated by hand; what is complete is not run
+    again. cfg.jobs processes run at a time, dealt out to the GPUs if there are any, else sharing the cores.
+    """
+    lost = [row for row in cfg.shot_rows if row not in cfg.rows]
+    if lost or not cfg.rows or not cfg.seeds:
+        raise SystemExit(f"the study needs `seeds`, `rows`, and shot_rows among them; found seeds {cfg.seeds}, rows {', '.join(cfg.rows) or 'none'}, shot_rows {cfg.shot_rows}")
+    jobs = [(row, seed) for seed in cfg.seeds for row in cfg.rows]      # every row once before any row twice
+    with ThreadPoolExecutor(cfg.jobs) as pool:
+        outcomes = list(pool.map(lambda k: study_run(*jobs[k], k % cfg.jobs, cfg), range(len(jobs))))
+    results = {f"{row}-{seed}": outcome for (row, seed), outcome in zip(jobs, outcomes)}
+    text = study_table(results, cfg)
+    out = Path(cfg.runs) / cfg.name
+    write_json(out / "study.json", dict(results=results, config=dataclasses.asdict(cfg), **versions()))
+    (out / "study.md").write_text(text + "\n")
+    print(text)
+
+
+def study_run(row, seed, slot, cfg):
+    """One row with one seed: {"probe": .., "dice": {labelled scans: mean Dice}, "minutes": ..}."""
+    runs = Path(cfg.runs) / cfg.name
+    name, here, began = f"{row}-{seed}", Path(__file__).resolve().parent, time.time()
+    done = runs / name / "outcome.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    (runs / name).mkdir(parents=True, exist_ok=True)
+    gpus = torch.cuda.device_count()
+    cores = max(1, (os.cpu_count() or 1) // cfg.jobs)
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else {"OMP_NUM_THREADS": str(cores)})
+
+    def call(script, config, **keys):
+        command = [sys.executable, str(here / script), config, *[f"--{k}={v}" for k, v in keys.items()]]
+        with open(runs / name / "out.log", "a") as log:
+            log.write(" ".join(command) + "\n")
+            log.flush()
+            if subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode:
+                raise SystemExit(f"{' '.join(command)}\nfailed, see {runs / name / 'out.log'}")
+
+    same = dict(runs=runs, seed=seed, data=cfg.data, cache=cfg.cache, workers=cfg.workers)
+    encoder, overrides = runs / name / "encoder.pt", cfg.rows[row]
+    if overrides is None:                                               # this row is not pre-trained
+        call("evaluate.py", cfg.pretrain_config, **same, name=name, probe=True, checkpoint="random", out=runs / name)
+        key = "random"
+    else:
+        call("pretrain.py", cfg.pretrain_config, **same | cfg.pretrain_keys | overrides, name=name)
+        shape = {k: v for k, v in (cfg.pretrain_keys | overrides).items() if k in ("feature_size", "num_heads", "window_size", "slab", "crop")}
+        call("evaluate.py", cfg.pretrain_config, **same | shape, name=name, probe=True, checkpoint=encoder, out=runs / name)
+        key = str(encoder)
+    probed = json.loads((runs / name / "probe.json").read_text())["probe"][key]
+    dice = {}
+    for shots in cfg.shots if row in cfg.shot_rows else ():
+        tuned = f"{name}-{shots}"
+        start = {} if overrides is None else dict(init=encoder)
+        fraction = shots / cfg.labelled
+        call("finetune.py", cfg.finetune_config, **same | cfg.finetune_keys, **start, name=tuned, label_fraction=fraction)
+        call("evaluate.py", cfg.finetune_config, **same, name=tuned, sheets=0, predictions=False)
+        scored = json.loads((runs / tuned / "results.json").read_text())["results"]
+        dice[str(shots)] = next(iter(scored.values()))["summary"]["preprocessed"]["dice"]["mean"]["mean"]
+    outcome = dict(probe=probed, dice=dice, minutes=(time.time() - began) / 60)
+    write_json(done, outcome)
+    print(f"{name}: balanced accuracy {probed['linear']['balanced_accuracy']:.3f}, {outcome['minutes']:.1f} min", flush=True)
+    return outcome
+
+
+def study_table(results, cfg):
+    """Mean over seeds, least and largest, a row of markdown each."""
+    def spread(values):
+        values = [v for v in values if v is not None]
+        return f"{np.mean(values):.3f} ({min(values):.3f} .. {max(values):.3f})" if values else "-"
+    heads = ["linear probe", "k-NN", "silhouette cos", "effective rank", "correspondence", *[f"Dice, {n} labelled" for n in cfg.shots]]
+    lines = ["| " + " | ".join(["row", *heads]) + " |", "|" + "---|" * (1 + len(heads))]
+    for row in cfg.rows:
+        found = [results[f"{row}-{seed}"] for seed in cfg.seeds]
+        probes = [f["probe"] for f in found]
+        cells = [spread([p["linear"]["balanced_accuracy"] for p in probes]), spread([p["knn"]["balanced_accuracy"] for p in probes]),
+                 spread([p["silhouette_cosine"][0] for p in probes]), spread([p["effective_rank"] for p in probes]),
+                 spread([p["correspondence"] for p in probes]), *[spread([f["dice"].get(str(n)) for f in found]) for n in cfg.shots]]
+        lines.append("| " + " | ".join([row, *cells]) + " |")
+    return "\n".join(lines) + f"\n\nMean over {len(cfg.seeds)} seeds (least .. largest); {sum(r['minutes'] for r in results.values()):.0f} minutes of runs."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# program
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{os.getpid()}-{path.name}")
+    aside.write_text(json.dumps(content, indent=1, default=lambda v: v.tolist() if hasattr(v, "tolist") else list(v)))
+    os.replace(aside, path)
+
+
+def inference_scans(cfg):
+    """Scans without labels: cfg.images is a glob pattern (a tuple: a pattern with {id} per channel)."""
+    patterns = data._tuple(cfg.images)
+    base = Path(re.split(r"[{*?\[]", patterns[0])[0])
+    base = base if patterns[0].startswith(f"{base}/") or base.is_dir() else base.parent
+    inside = [os.path.relpath(p, base) + "/" * p.endswith("/") for p in patterns]     # "/": folders of slices
+    several = dict(image=tuple(inside), scans=()) if len(patterns) > 1 else dict(scans=(inside[0],), image=())
+    source = dataclasses.replace(cfg, datalist="", label="", target=(), exclude=(), **several)
+    return check_channels(data.open_scans(source, data.find_cases(source, base=base)), cfg)
+
+
+def main(argv):
+    if any(arg.startswith("--study") for arg in argv):
+        return study(configs.load(Study, argv))
+    cfg = configs.load(Config, argv, foreign=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    out = Path(cfg.out or Path(cfg.runs) / cfg.name)
+    if cfg.probe:
+        results = probe(cfg, device)
+        write_json(out / "probe.json", dict(probe=results, config=dataclasses.asdict(cfg), **versions()))
+        return
+    if cfg.figures:
+        return figures(cfg, device)
+    check(cfg)
+    files = list(data._tuple(cfg.checkpoint)) or [str(Path(cfg.runs) / cfg.name / "best.pt")]
+    lost = [file for file in files if not Path(file).is_file()]
+    if lost:
+        raise SystemExit(f"{lost[0]}: no such checkpoint; train it with finetune.py, or give --checkpoint=FILE")
+    networks = {file: restore(file, cfg, device) for file in files}
+    if cfg.images:
+        (out / "probabilities.csv").unlink(missing_ok=True)             # of an earlier run: deliver appends
+        for scan in inference_scans(cfg):
+            ready = predict(list(networks.values()), scan, cfg, device)
+            deliver(out, scan, ready, cfg)
+            print(f"{scan.id}: {out}")
+        return
+    scans = check_channels(data.open_scans(cfg, split_cases(cfg)[cfg.part]), cfg)
+    teams = {"ensemble of " + ", ".join(files): list(networks.values())} if cfg.ensemble else {f: [n] for f, n in networks.items()}
+    results = {}
+    for k, (name, team) in enumerate(teams.items()):
+        folder = out / "predictions" if len(teams) == 1 else out / f"predictions_{k}"
+        (folder / "probabilities.csv").unlink(missing_ok=True)
+        sheets = iter(range(cfg.sheets))
+        rows = score_cases(team, scans, cfg, device, full=True, after=lambda scan, ready: deliver(folder, scan, ready, cfg, next(sheets, None)))
+        results[name] = dict(rows=rows, summary=summarise(rows, cfg))
+    for name, result in results.items():
+        for row in result["rows"] if cfg.task != "classification" else []:
+            print(f"{row['id']}  " + "  ".join(f"{grid} {metric} {cell(parts.get('mean', parts.get('whole')), metric)}"
+                                                for grid, metrics in row["scores"].items() for metric, parts in metrics.items()
+                                                if "mean" in parts or "whole" in parts))
+    same = " (the cases that chose the checkpoint)" if cfg.part == "test" and cfg.test == "val" or cfg.part == "val" else ""
+    print(f"\n{cfg.name}: {len(scans)} {cfg.part} cases{same}\n\n" + result_tables(results, cfg))
+    if len(results) > 1:
+        print("\n" + compare(results, cfg))
+    write_json(out / "results.json", dict(results=results, part=cfg.part + same, config=dataclasses.asdict(cfg), **versions()))
+    print(f"\n{out / 'results.json'}")
+
+
+def deliver(folder, scan, ready, cfg, sheet=None):
+    """Files of one case: NIfTI, or a line of a csv for classes, and a contact sheet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if cfg.task == "classification":
+        path = folder / "probabilities.csv"
+        fresh = not path.exists()
+        with open(path, "a") as file:
+            if fresh:
+                file.write("id," + ",".join(class_names(cfg)) + "\n")
+            file.write(f"{scan.id}," + ",".join(f"{float(p):.6f}" for p in ready) + "\n")
+        return
+    if cfg.predictions:
+        write_prediction(folder, scan, ready, cfg)
+    if sheet is not None:
+        draw_case(folder / f"{scan.id}.png", scan, ready, cfg)
+
+
+def draw_case(path, scan, ready, cfg):
+    image = scan.open()[0].astype(np.float32)
+    if cfg.task == "segmentation":
+        truth = torch.from_numpy(scan.open("label")[0].astype(np.int64))
+        ids, truth = (painted(masks_of(each, cfg), cfg).numpy() for each in (ready, truth))
+        contact_sheet(path, image, truth, ids, scan.spacing, scan.id, names={k: str(cfg.labels.get(k, k)) for k in cfg.labels})
+    else:
+        image_sheet(path, image, scan.open("target")[0].astype(np.float32), ready[0].numpy(), scan.spacing, scan.id)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
