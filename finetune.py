@@ -1,0 +1,299 @@
+"""Stage 2: train one of the four downstream tasks from a pre-trained encoder, or from scratch.
+
+    python finetune.py configs/btcv.py --init=runs/ct/encoder.pt --name=btcv
+    torchrun --nproc_per_node=4 finetune.py configs/btcv.py --batch=16
+
+Started again with the same name it goes on from runs/<name>/last.pt. runs/<name>/best.pt is the checkpoint that did best on
+the validation cases; python evaluate.py configs/btcv.py scores it.
+"""
+import dataclasses
+import datetime
+import json
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import configs
+import data
+import evaluate
+from model import WeightsError, load_weights, read_file, save
+
+
+@dataclasses.dataclass
+class Config(evaluate.Config):
+    """What training adds; the task's own keys are in evaluate.Config. Sources: paper, released code, ours."""
+    init: str = ""                  # weights to start from, any kind that model.load_weights knows; "" from scratch
+    downsample: str = "legacy"      # how a MONAI-style file merges patches, see model.load_weights
+    freeze_encoder: bool = False    # train the rest alone
+    layer_decay: float = 1.0        # learning rate times this for each encoder stage away from the decoder; ours: off
+    # the moves of training crops, as in data.Config: these defaults suit segmentation
+    rotation: tuple = (0.0, 0.0, 15.0)  # degrees; ours (released code: quarter turns, probability 0.2)
+    scale: tuple = (0.9, 1.1)       # ours
+    shear: float = 0.0
+    shift: tuple = (0.0, 0.0, 0.0)  # voxels; the crop's place is random already
+    flip: tuple = (0.2, 0.2, 0.2)   # released code
+    jitter_shift: tuple = (0.5, 0.1)    # released code
+    jitter_scale: tuple = (0.1, 0.1)    # released code
+    jitter_gamma: tuple = (0.0, 0.0)
+    jitter_noise: tuple = (0.0, 0.0)
+    jitter_blur: tuple = (0.0, 0.0)
+    positive: float = 0.75          # share of crops centred on a labelled voxel; released code: 3 to 1
+    crops_per_case: int = 4         # crops of one case in a batch; released code
+    # optimisation
+    steps: int = 72_000             # released code: 3000 epochs x 24 cases / 1 case a step
+    warmup: int = 2400              # steps; released code: 100 epochs
+    lr: float = 3e-4                # AdamW peak; VoCo (released code 2e-3)
+    min_lr: float = 0.0
+    decay: float = 1e-5             # weight decay of matrices and kernels; released code
+    clip: float = 1.0               # largest gradient norm; ours
+    batch: int = 4                  # crops per optimizer step over all processes = cases x crops_per_case
+    accumulate: int = 1
+    bf16: bool = True
+    compile: bool = False
+    log_every: int = 20             # steps
+    eval_every: int = 1200          # steps between validations; released code: 50 epochs
+    save_every: int = 600           # steps between last.pt
+
+
+FREE_ON_RESUME = ("data", "runs", "cache", "workers", "compile", "log_every", "save_every", "overlap", "blend", "windows", "flips",
+                  "ensemble", "checkpoint", "part", "hd95", "predictions", "probabilities", "sheets", "images", "out", "paper", "probe")
+
+
+def lr_at(step, cfg):
+    """Learning rate of step 0 .. steps - 1: linear warm-up, then half a cosine down to min_lr. A pure function of the step."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    return cfg.min_lr + 0.5 * (cfg.lr - cfg.min_lr) * (1 + math.cos(math.pi * progress))
+
+
+def check(cfg, ranks):
+    evaluate.check(cfg)
+    rules = [
+        (cfg.batch > 0 and cfg.accumulate > 0 and cfg.batch % (ranks * cfg.accumulate) == 0,
+         f"batch = {cfg.batch} does not divide into {ranks} processes x {cfg.accumulate} accumulated passes"),
+        (cfg.crops_per_case > 0 and cfg.batch % cfg.crops_per_case == 0,
+         f"batch = {cfg.batch} is no multiple of crops_per_case = {cfg.crops_per_case}"),
+        (not (cfg.freeze_encoder and not cfg.init), "freeze_encoder without init would keep random weights"),
+        (0 <= cfg.positive <= 1, f"positive = {cfg.positive}, expected 0 to 1"),
+        (not cfg.resize or tuple(cfg.resize) == cfg.crop, f"resize = {cfg.resize} and crop = {cfg.crop} must agree"),
+        (cfg.task != "classification" or cfg.resize, "classification sees whole scans: give `resize`, the voxels that each is stretched to"),
+        (min(cfg.steps, cfg.log_every, cfg.eval_every, cfg.save_every) > 0, "steps, log_every, eval_every, save_every must be above 0"),
+    ]
+    for fine, text in rules:
+        if not fine:
+            raise SystemExit(text)
+
+
+def start_from(network, cfg, say):
+    """Load cfg.init and say every difference between the preprocessing it was trained under and the config's."""
+    try:
+        load_weights(network, cfg.init, cfg.downsample)
+        then = read_file(cfg.init).get("preprocessing")
+    except WeightsError as error:
+        raise SystemExit(str(error)) from None
+    if not isinstance(then, dict):
+        say(f"{cfg.init} does not say under which preprocessing it was trained")
+        return
+    for line in evaluate.preprocessing_differences(then, cfg):
+        say(f"  {line} here")
+
+
+def groups_of(network, cfg):
+    """AdamW groups with their factor of the learning rate: weight decay for matrices alone, layer_decay by encoder stage."""
+    groups = {}
+    for name, p in network.named_parameters():
+        if not p.requires_grad:
+            continue
+        depth = 0
+        if name.startswith("encoder."):
+            part = name.split(".")
+            depth = 4 - int(part[2]) if part[1] == "stages" else 5
+        key = (depth, p.ndim > 1)
+        groups.setdefault(key, dict(params=[], factor=cfg.layer_decay ** depth, weight_decay=cfg.decay if p.ndim > 1 else 0.0))
+        groups[key]["params"].append(p)
+    return list(groups.values())
+
+
+def places(cfg, rank, ranks, first):
+    """For each pass of this rank the list of (step, place in the global batch) it works on."""
+    b = cfg.batch // (ranks * cfg.accumulate)
+    for step in range(first, cfg.steps):
+        for a in range(cfg.accumulate):
+            yield [(step, (rank * cfg.accumulate + a) * b + i) for i in range(b)]
+
+
+def resume(run, resolved):
+    """State of runs/<name>/last.pt, or None for a new run; exits when the configuration is another one."""
+    if not (run / "last.pt").exists():
+        return None
+    state = torch.load(run / "last.pt", map_location="cpu", weights_only=True)
+    changed = [k for k, v in resolved.items() if k not in FREE_ON_RESUME and state["config"].get(k) != v]
+    if changed:
+        said = "; ".join(f"{k} was {state['config'].get(k)!r}, now {resolved[k]!r}" for k in changed[:4])
+        raise SystemExit(f"{run}/last.pt belongs to another configuration: {said}. Give --name=another, or remove {run}")
+    return state
+
+
+def validate(network, scans, cfg, device, rank, ranks):
+    """The main score over all validation scans, shared out between the ranks."""
+    rows = evaluate.score_cases([network], scans[rank::ranks], cfg, device)
+    network.train()
+    if ranks > 1:
+        parts = [None] * ranks
+        dist.all_gather_object(parts, rows)
+        rows = sorted(sum(parts, []), key=lambda row: row["id"])
+    return evaluate.main_score(rows, cfg)
+
+
+def main(argv):
+    cfg = configs.load(Config, argv)
+    rank, ranks, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    say = print if rank == 0 else lambda *_: None
+    check(cfg, ranks)
+    run = Path(cfg.runs) / cfg.name
+    resolved = dataclasses.asdict(cfg)
+    state = resume(run, resolved)
+    say(configs.dump(cfg))
+
+    # the cases and their scans: one process a machine fills the cache, before the others are waited for
+    parts = evaluate.split_cases(cfg)
+    say("  ".join(f"{part}: {len(cases)} cases of {len({c['subject'] for c in cases})} subjects" for part, cases in parts.items()))
+    used = parts["train"] + parts["val"]
+    if local == 0:
+        data.open_scans(cfg, used, say)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if ranks > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
+        dist.barrier()
+    scans = evaluate.check_channels(data.open_scans(cfg, used, say), cfg)
+    train, val = scans[:len(parts["train"])], scans[len(parts["train"]):]
+
+    # the network
+    task = evaluate.TASKS[cfg.task]
+    torch.manual_seed(cfg.seed)
+    network = task.network(cfg).to(device)
+    if cfg.init and state is None:
+        start_from(network, cfg, say)
+    if cfg.freeze_encoder:
+        network.encoder.requires_grad_(False)
+    optimizer = torch.optim.AdamW(groups_of(network, cfg), lr=cfg.lr)
+    first, best = 0, None
+    if state is not None:
+        network.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, best = state["step"], state["best"]
+        say(f"resumed from {run}/last.pt at step {first}")
+    if first >= cfg.steps:
+        say(f"{run} is complete: {first} steps, best {best}; python evaluate.py scores {run}/best.pt")
+        return
+    if cfg.compile:
+        network.compile()
+    model = DistributedDataParallel(network, [local] if cuda else None, broadcast_buffers=False) if ranks > 1 else network
+    bf16 = cfg.bf16 and cuda and torch.cuda.is_bf16_supported()
+
+    # the batches
+    classes = {case["id"]: case["class"] for case in parts["train"]} if cfg.task == "classification" else None
+    crops = data.Crops(train, cfg, cfg.batch, cfg.seed, classes)
+    loader = torch.utils.data.DataLoader(crops, batch_sampler=list(places(cfg, rank, ranks, first)), num_workers=cfg.workers,
+                                         collate_fn=data.collate, pin_memory=cuda)
+    batches = iter(loader)
+    where = evaluate.versions() | dict(started=datetime.datetime.now().isoformat(timespec="seconds"))
+    say(f"{ranks} x {where['device']}, {'bfloat16' if bf16 else 'float32'}, {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M "
+        f"parameters, {len(train)} scans train, {len(val)} choose; batch {cfg.batch} crops of {cfg.crop}; steps {first} to {cfg.steps}")
+    if rank == 0:
+        start_log(run, cfg, where, first)
+
+    sums, waited, counted = torch.zeros(2, device=device), 0.0, 0
+    began = tick = time.time()
+    network.train()
+    for step in range(first, cfg.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, cfg) * group["factor"]
+        loss, cases = 0.0, []
+        for a in range(cfg.accumulate):
+            start = time.time()
+            batch = next(batches)
+            waited += time.time() - start
+            cases += batch["id"]
+            batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+            with torch.no_grad():
+                image, label, target = data.moved_crops(batch, cfg)
+            model.require_backward_grad_sync = a == cfg.accumulate - 1
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                output = evaluate.forward(model, image, cfg)
+            part = task.loss(output, batch | {"label": label, "target": target}, cfg) / cfg.accumulate
+            part.backward()
+            loss = loss + part.detach()
+        norm = nn.utils.clip_grad_norm_(network.parameters(), cfg.clip)
+        if not torch.isfinite(loss + norm):
+            raise SystemExit(f"step {step}: not finite (loss {loss.item():.4g}, gradient norm {norm.item():.4g}); cases: "
+                             f"{', '.join(cases)}; the last good checkpoint is {run}/last.pt")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        sums += torch.stack([loss, norm])
+        counted += 1
+
+        done = step + 1
+        if done % cfg.log_every == 0 or done == cfg.steps:
+            if ranks > 1:
+                dist.all_reduce(sums)
+            mean, now = (sums / counted / ranks).tolist(), time.time()
+            memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            line = dict(step=done, loss=mean[0], grad_norm=mean[1], lr=lr_at(step, cfg), crops_per_s=counted * cfg.batch / (now - tick),
+                        waiting=waited / (now - tick), memory_gb=memory / 1e9)
+            say(f"step {done:6d}  loss {mean[0]:.4f}  grad {mean[1]:.2f}  lr {line['lr']:.2e}  {line['crops_per_s']:.2f} crops/s  waiting "
+                f"{line['waiting']:.0%}  {line['memory_gb']:.2f} GB  {data.clock((now - began) / (done - first) * (cfg.steps - done))} left")
+            if rank == 0:
+                write_log(run, line)
+            sums, waited, counted, tick = torch.zeros(2, device=device), 0.0, 0, now
+        if done % cfg.eval_every == 0 or done == cfg.steps:
+            score = validate(network, val, cfg, device, rank, ranks)
+            better = best is None or best != best or score > best   # NaN: nothing could be scored yet
+            best = score if better else best
+            name = " ".join(task.best[1:])
+            say(f"step {done:6d}  val {name} {score:.4f}{'  best so far' if better else ''}")
+            if rank == 0:
+                write_log(run, {"step": done, "val": score, "metric": name})
+                if better:
+                    save(run / "best.pt", checkpoint(network, cfg, done, score, resolved, where))
+            tick = time.time()
+        if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
+            save(run / "last.pt", checkpoint(network, cfg, done, best, resolved, where) | {"optimizer": optimizer.state_dict(), "best": best})
+    say(f"{cfg.steps} steps in {data.clock(time.time() - began)}; best val {' '.join(task.best[1:])} {best:.4f}: {run}/best.pt")
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+def checkpoint(network, cfg, step, score, resolved, where):
+    return dict(format="s2dc/finetune", model=network.state_dict(), arguments=network.arguments, preprocessing=data.preprocessing(cfg),
+                task=cfg.task, step=step, score=score, config=resolved, commit=where["commit"], torch=where["torch"])
+
+
+def start_log(run, cfg, where, first):
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.py").write_text(f'"""{run.name}, as resolved."""\n{configs.dump(cfg)}\n')
+    if (run / "log.jsonl").exists():                                # forget what was logged after the checkpoint
+        lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
+        (run / "log.jsonl").write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x).get("step", 0) <= first))
+    write_log(run, where | {"resumed": first})
+
+
+def write_log(run, line):
+    with open(run / "log.jsonl", "a") as log:
+        log.write(json.dumps({k: round(v, 7) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
