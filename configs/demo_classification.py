@@ -1,0 +1,31 @@
+"""Demo of classification: the subject class (0, 1, 2) of synthetic abdomens.
+
+    python phantom.py data/demo_ct/train --subjects=24
+    python finetune.py configs/demo_classification.py --init=runs/demo/encoder.pt
+    python evaluate.py configs/demo_classification.py
+"""
+task = "classification"
+name = "demo_classification"
+dataset = "demo_ct"
+image = "demo_ct/train/imagesTr/phantom_{id}.nii.gz"
+table = "demo_ct/train/participants.csv"
+table_key = "{id}"
+case_key = "phantom_{id}"
+class_from = "{class}"
+classes = {"0": 0, "1": 1, "2": 2}
+val_share = 0.25
+test_share = 0.25
+resize = (64, 64, 64)
+crop = (64, 64, 64)
+feature_size = 12
+num_heads = (1, 2, 4, 8)
+window_size = 4
+workers = 2
+flip = (0.0, 0.0, 0.0)
+crops_per_case = 1
+batch = 4
+steps = 100
+warmup = 10
+lr = 3e-4
+eval_every = 50
+save_every = 50

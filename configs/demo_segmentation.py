@@ -1,0 +1,32 @@
+"""Demo of segmentation: 11 .. 13 organs of synthetic abdomens from two labelled ones, after configs/demo.py.
+
+    python finetune.py configs/demo_segmentation.py --init=runs/demo/encoder.pt --name=demo_pretrained
+    python finetune.py configs/demo_segmentation.py --name=demo_scratch
+    python evaluate.py configs/demo_segmentation.py --checkpoint="('runs/demo_scratch/best.pt', 'runs/demo_pretrained/best.pt')"
+"""
+task = "segmentation"
+name = "demo_segmentation"
+dataset = "demo_ct"
+image = "demo_ct/{set}/imagesTr/phantom_{id}.nii.gz"
+label = "demo_ct/{set}/labelsTr/phantom_{id}.nii.gz"
+labels = {1: "spleen", 2: "R kidney", 3: "L kidney", 4: "gallbladder", 5: "esophagus", 6: "liver", 7: "stomach", 8: "aorta", 9: "IVC",
+          10: "portal+splenic v.", 11: "pancreas", 12: "R adrenal", 13: "L adrenal"}
+val = "train_02*"               # four of the 24
+test = "unseen_*"               # 16 subjects that pre-training has not seen either
+label_fraction = 0.1            # 2 of the other 20
+crop = (64, 64, 64)
+feature_size = 12
+num_heads = (1, 2, 4, 8)
+window_size = 4
+workers = 2
+rotation = (10.0, 10.0, 10.0)   # degrees
+flip = (0.0, 0.0, 0.0)          # left and right kidney have different names
+crops_per_case = 2
+batch = 4
+steps = 200
+warmup = 20
+lr = 1e-3
+eval_every = 100
+save_every = 50
+hd95 = False
+sheets = 2
