@@ -26,7 +26,7 @@ from scipy.spatial.transform import Rotation
 VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]   # files that any other text than this drew are stale
 FOV = 288.0               # mm, edge of the cube in view, whatever the number of voxels
 DOSE_REDUCTION = 50       # full counts / low counts of a PET pair
-COUNTS = 500.0            # full-dose counts per SUV and ml: at 3 mm 7 % noise in the liver, 50 % at a 50th of them
+COUNTS = 500.0            # full-dose counts per SUV and ml: at 3 mm 4 % noise in the liver, 27 % at a 50th of them
 ORIENTATIONS = "RAS", "LPS", "RAS", "PSR"   # how the file of a seed (modulo 4) is stored, so that a reader has to turn it
 IMAGES = {"ct": ("ct",), "mri": ("t1", "t2", "t1ce", "flair"), "pet": ("full", "low")}
 ORGANS = {1: "spleen", 2: "kidney_right", 3: "kidney_left", 4: "gallbladder", 5: "esophagus", 6: "liver", 7: "stomach",
@@ -142,7 +142,7 @@ class Subject:
         self.shift = rng.normal(0, [3, 3, 7])
         self.grid = [((np.arange(n) + 0.5) / n - 0.5) * FOV for n in size]     # mm of the voxel centres
         self.p = np.stack([6.0 * smooth_field(rng, 75, size) + 1.2 * smooth_field(rng, 26, size) for _ in range(3)])
-        self.reach = 1.1 * float(np.abs(self.p).max())                         # mm that the displacement can add to a place
+        self.reach = 1.25 * float(np.abs(self.p).max())                        # mm that the displacement can add to a place
         x, y, z = np.ix_(*(np.float32(g) for g in self.grid))
         for p, (a, b, c), t in zip(self.p, np.float32(self.matrix), np.float32(self.shift)):
             p += (a * x + t) + b * y + c * z
@@ -534,17 +534,33 @@ def write(folder, seeds, modality="ct", size=96, layout="msd", workers=1):
     return folder
 
 
+def write_demo(modality, workers):
+    """The folders that configs/demo*.py read, below the data root: 24 + 32 CT subjects, or 10 with MRI or PET."""
+    base = Path(os.environ.get("S2DC_DATA") or "data")
+    if modality == "ct":
+        write(base / "demo_ct" / "train", range(24), workers=workers)
+        write(base / "demo_ct" / "unseen", range(1000, 1032), workers=workers)
+    else:
+        write(base / f"demo_{modality}", range(10), modality, workers=workers)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write synthetic abdomens as a data set of NIfTI files in MSD layout.")
-    parser.add_argument("folder")
+    parser.add_argument("folder", nargs="?")
+    parser.add_argument("--demo", action="store_true", help="write what configs/demo*.py read of this modality, instead of FOLDER")
     parser.add_argument("--subjects", type=int, default=24)
     parser.add_argument("--first", type=int, default=0, help="seed of the first subject")
     parser.add_argument("--modality", choices=list(IMAGES), default="ct")
     parser.add_argument("--size", type=int, nargs="+", default=[96], help="voxels per edge of the 288 mm in view, one or three")
-    parser.add_argument("--workers", type=int, default=1, help="processes that share the subjects")
+    parser.add_argument("--workers", type=int, default=2, help="processes that share the subjects")
     args = parser.parse_args()
+    if bool(args.folder) == args.demo:
+        parser.error("give either a FOLDER or --demo")
     try:
-        write(args.folder, range(args.first, args.first + args.subjects), args.modality,
-              args.size[0] if len(args.size) == 1 else args.size, workers=args.workers)
+        if args.demo:
+            write_demo(args.modality, args.workers)
+        else:
+            write(args.folder, range(args.first, args.first + args.subjects), args.modality,
+                  args.size[0] if len(args.size) == 1 else args.size, workers=args.workers)
     except (ValueError, OSError) as error:
         raise SystemExit(f"phantom.py: {error}") from None

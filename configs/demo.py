@@ -1,7 +1,6 @@
 """Demo: a tiny network learns from 24 synthetic abdomens in minutes on two CPU cores.
 
-    python phantom.py data/demo_ct/train --subjects=24
-    python phantom.py data/demo_ct/unseen --subjects=32 --first=1000
+    python phantom.py --demo
     python pretrain.py configs/demo.py
     python evaluate.py configs/demo.py --probe
 """
