@@ -530,7 +530,9 @@ def scale_intensity(volume, inside, cfg, path):
     elif cfg.intensity == "zscore":
         if cfg.zscore_over not in ("foreground", "volume"):
             raise SystemExit(f"zscore_over = {cfg.zscore_over!r}, expected 'foreground' or 'volume'")
-        sample = volume[inside] if cfg.zscore_over == "foreground" and inside.any() else volume
+        if cfg.zscore_over == "foreground" and not inside.any():
+            raise VolumeError(f"{path}: no voxel is above the foreground threshold {cfg.foreground:g}, the largest is {volume.max():g}")
+        sample = volume[inside] if cfg.zscore_over == "foreground" else volume
         mean, std = sample.mean(dtype=np.float64), sample.std(dtype=np.float64)
         if not std > 0:
             raise VolumeError(f"{path}: the foreground is constant ({mean:g}), a z-score would divide by zero")
@@ -576,13 +578,13 @@ def _merge_index(folder, cfg, records):
     with open(folder / "index.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         scans = read_index(folder) | records
-        aside = folder / f"index.{os.getpid()}.tmp"
+        aside = folder / f"index.{os.uname().nodename}-{os.getpid()}.tmp"
         aside.write_text(json.dumps({"preprocessing": preprocessing(cfg), "scans": scans}, default=list))
         os.replace(aside, folder / "index.json")
 
 
 def _write_array(path, array):
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
     try:
         with open(aside, "wb") as file:
             np.save(file, array)
@@ -904,9 +906,10 @@ def jitter(x, draws, seeds):
 
 
 def _blur(x, sigma):
-    reach = 3
+    reach = max(3, math.ceil(3 * float(sigma.max())))
     steps = torch.arange(-reach, reach + 1, device=x.device)
     kernel = torch.exp(-0.5 * (steps / sigma.clamp(min=1e-3)[:, None]) ** 2)     # sigma 0 leaves the centre alone
+    kernel = kernel * (steps.abs() <= (3 * sigma).ceil().clamp(min=3)[:, None])    # a sample's kernel is its own, whoever is beside it
     kernel = repeat(kernel / kernel.sum(1, keepdim=True), "b k -> (b c) k", c=x.shape[1])
     flat = rearrange(x, "b c x y z -> 1 (b c) x y z")
     for shape, pad in (("n k -> n 1 k 1 1", (0, 0, 0, 0, reach, reach)), ("n k -> n 1 1 k 1", (0, 0, reach, reach, 0, 0)),
