@@ -5,6 +5,7 @@ Five parts, pure functions on arrays: 1. sliding window, and back to the scan's 
 Axis letters: b batch, c channel, k class, x y z voxels (RAS+: to the patient's right, front and head), n cases, t tokens.
 scikit-learn and matplotlib are needed by parts 4 and 5 alone and imported there.
 """
+import collections
 import csv
 import dataclasses
 import fnmatch
@@ -1363,17 +1364,20 @@ def load_encoder(path, cfg, device, seed=None):
 
 
 @torch.no_grad()
-def encode(encoder, volume, crop, patch, device):
+def encode(encoder, volume, crop, patch, device, overlap=None):
     """Token features (c, i, j, k) of one volume (c, x, y, z), in patches of `patch` voxels counted from voxel 0.
 
     The encoder sees crops side by side, as in pre-training; the last ones of an axis overlap so that all lie inside the volume
     padded to a multiple of 32. Only patches that lie wholly in the volume are returned.
+    overlap: share of the crop by which neighbours overlap; every token then comes from the crop that has it nearest to its middle, so
+    that the edges of crops do not show. None: side by side, a later crop replaces what an earlier one said.
     """
     level = int(math.log2(patch)) - 1
     size = [max(c, -(-n // 32) * 32) for n, c in zip(volume.shape[1:], crop)]
     pad = [p for n, s in zip(volume.shape[:0:-1], size[::-1]) for p in (0, s - n)]
     volume = F.pad(volume[None].float(), pad, value=float(volume.min()))
-    starts = [sorted({*range(0, s - c + 1, c), s - c}) for s, c in zip(size, crop)]
+    steps = [c if overlap is None else max(int(c * (1 - overlap)) // patch, 1) * patch for c in crop]
+    starts = [sorted({*range(0, s - c + 1, step), s - c}) for s, c, step in zip(size, crop, steps)]
     out = None
     for corner in itertools.product(*starts):
         x, y, z = (slice(s, s + c) for s, c in zip(corner, crop))
@@ -1381,8 +1385,20 @@ def encode(encoder, volume, crop, patch, device):
         if out is None:
             out = torch.zeros(len(tokens), *[s // patch for s in size])
         i, j, k = (slice(s // patch, (s + c) // patch) for s, c in zip(corner, crop))
-        out[:, i, j, k] = tokens
+        if overlap is None:
+            out[:, i, j, k] = tokens
+        else:
+            own = [_most_central(axis, s, c, patch) for axis, s, c in zip(starts, corner, crop)]
+            i, j, k = (np.ix_(*[o + s // patch for o, s in zip(own, corner)]))
+            out[:, i, j, k] = tokens[:, *np.ix_(*own)]
     return out[:, :(size[0] - pad[5]) // patch, :(size[1] - pad[3]) // patch, :(size[2] - pad[1]) // patch]
+
+
+def _most_central(starts, start, crop, patch):
+    """Tokens, counted from `start`, that no other of the crops at `starts` has farther from its edges."""
+    token = np.arange(crop // patch) + start // patch
+    depth = [np.minimum(token - s // patch, (s + crop) // patch - 1 - token) for s in starts]
+    return np.flatnonzero(np.argmax(depth, 0) == starts.index(start))
 
 
 def probe_source(cfg):
@@ -1402,11 +1418,11 @@ def probe_scans(cfg):
     return scans
 
 
-def organ_tokens(encoder, scans, cfg, device):
-    """(t, c) features, (t,) organ ids, (t,) scan numbers of all tokens that show an organ."""
+def organ_tokens(encoder, scans, cfg, device, overlap=None):
+    """(t, c) features, (t,) organ ids, (t,) scan numbers of all tokens that show an organ; overlap as in encode."""
     parts = []
     for n, scan in enumerate(scans):
-        features = encode(encoder, torch.from_numpy(np.ascontiguousarray(scan.open())), cfg.crop, cfg.token_patch, device)
+        features = encode(encoder, torch.from_numpy(np.ascontiguousarray(scan.open())), cfg.crop, cfg.token_patch, device, overlap)
         i, j, k = features.shape[1:]
         label = scan.open("label")[0][:i * cfg.token_patch, :j * cfg.token_patch, :k * cfg.token_patch]
         ids, _ = token_labels(np.ascontiguousarray(label), cfg.token_patch, cfg.probe_share)
@@ -1468,11 +1484,13 @@ class NoFigure(Exception):
 
 
 class Shown:
-    """What several pictures share, made when the first of them asks: a scan, its query points, encoders, tokens, a moved copy."""
+    """What several pictures share, each made when first asked for: a scan, its query points, tokens, a moved copy."""
 
     def __init__(self, cfg, device):
-        self.cfg, self.device, self.source = cfg, device, probe_source(cfg)
-        self.files = list(data._tuple(cfg.checkpoint)) or [str(Path(cfg.runs) / cfg.name / "encoder.pt")]
+        self.cfg, self.device, self.source, self.patch = cfg, device, probe_source(cfg), cfg.token_patch
+        files = list(data._tuple(cfg.checkpoint)) or [str(Path(cfg.runs) / cfg.name / "encoder.pt")]
+        short = ["random weights" if f == "random" else "/".join(Path(f).with_suffix("").parts[-2:]).removesuffix("/encoder") for f in files]
+        self.heads = dict(zip(files, short if len(set(short)) == len(set(files)) else files))
         self.encoders, self.encoded = {}, {}
 
     @functools.cached_property
@@ -1481,353 +1499,321 @@ class Shown:
 
     @functools.cached_property
     def scan(self):
-        found = [case for case in self.cases if case["id"] == (self.cfg.figure_scan or self.cases[0]["id"])]
+        found = [case for case in self.cases if self.cfg.figure_scan in ("", case["id"])]
         if not found:
             raise SystemExit(f"figure_scan = {self.cfg.figure_scan!r}, no case has that id; there are: "
                              f"{', '.join(case['id'] for case in self.cases[:4])} ..")
-        scan = data.open_scans(self.source, found)[0]
-        if min(scan.shape) < self.cfg.token_patch:
-            raise SystemExit(f"{scan.id}: {scan.shape} voxels do not hold one patch of {self.cfg.token_patch}")
-        self.grid = tuple(s // self.cfg.token_patch for s in scan.shape)
-        return scan
+        return data.open_scans(self.source, found[:1])[0]
 
-    def patches(self, volume):
-        """(x, y, z) -> (t, voxels of a patch)"""
-        p, (i, j, k) = self.cfg.token_patch, self.grid
-        return rearrange(np.asarray(volume[:i * p, :j * p, :k * p]), "(i p) (j q) (k r) -> (i j k) (p q r)", p=p, q=p, r=p)
+    @functools.cached_property
+    def grid(self):
+        if min(self.scan.shape) < self.patch:
+            raise SystemExit(f"{self.scan.id}: {self.scan.shape} voxels do not hold one patch of {self.patch}")
+        return tuple(s // self.patch for s in self.scan.shape)
+
+    @functools.cached_property
+    def centres(self):
+        return data.patch_centres(self.grid, self.patch).numpy()
 
     @functools.cached_property
     def names(self):
-        """{organ id: name}, of the config or the datalist."""
-        known = self.cfg.labels
-        if not known and self.source.datalist:
+        """{organ id: name} of the config, or of the datalist."""
+        listed = {}
+        if self.source.datalist:
             listed = json.loads((data.root(self.source) / self.source.datalist).read_text()).get("labels", {})
-            known = {int(k): str(v) for k, v in listed.items() if str(k).isdigit()} if isinstance(listed, dict) else {}
-        return known
+        listed = {int(k): str(v).replace("_", " ") for k, v in listed.items() if k.isdigit()} if isinstance(listed, dict) else {}
+        return collections.defaultdict(str, self.cfg.labels or listed)
 
     def name(self, organ):
-        return str(self.names.get(organ, f"organ {organ}")).replace("_", " ")
+        return self.names[organ] or f"organ {organ}"
+
+    @functools.cached_property
+    def organs(self):
+        """ids (t,), 0 where a patch shows none, and purity (t,); None without a label."""
+        if not self.scan.case["label"]:
+            return None
+        inside = tuple(slice(n * self.patch) for n in self.grid)
+        return token_labels(np.ascontiguousarray(self.scan.open("label")[0][inside]), self.patch, self.cfg.probe_share)
 
     @functools.cached_property
     def queries(self):
-        """[(name, organ id or None, point (3,) in voxels)]: the point that was asked for; or of every organ the purest patch that is
-        nearest to the middle; or, without labels, the middle of the scan."""
+        """[(name, organ id or None, point (3,) in voxels)]: the point asked for; or of every organ the purest patch, of equals the one
+        nearest to the organ's middle; or, without labels, the middle of the scan."""
         cfg, scan = self.cfg, self.scan
-        for key in ("query", "query_mm"):
-            if getattr(cfg, key) and (len(getattr(cfg, key)) != 3 or not configs._numbers(getattr(cfg, key))):
-                raise SystemExit(f"{key} = {getattr(cfg, key)}, expected three numbers")
-        if cfg.query and cfg.query_mm:
-            raise SystemExit(f"query = {cfg.query} and query_mm = {cfg.query_mm} name a point each, give one of them")
-        if cfg.query or cfg.query_mm:
-            point = np.array(cfg.query, float) if cfg.query else (np.linalg.inv(scan.affine) @ [*cfg.query_mm, 1])[:3]
-            self.cell(point)
-            return [("query", None, point)]
-        centres = data.patch_centres(self.grid, cfg.token_patch).numpy()
-        if not scan.case["label"]:
-            middle = centres[np.ravel_multi_index([n // 2 for n in self.grid], self.grid)]
-            print(f"{scan.id}: no label and no query, the point shown is the middle of the scan, voxel {tuple(middle)}")
-            return [("middle of the scan", None, middle)]
+        given = cfg.query or cfg.query_mm
+        if (cfg.query and cfg.query_mm) or (given and (len(given) != 3 or not configs._numbers(given))):
+            raise SystemExit(f"query = {cfg.query}, query_mm = {cfg.query_mm}: expected three numbers, in one of them")
+        if given:
+            return [("query", None, np.array(given, float) if cfg.query else (np.linalg.inv(scan.affine) @ [*given, 1])[:3])]
+        if self.organs is None:
+            print(f"{scan.id}: no label and no query, so the point shown is the middle of the scan")
+            return [("middle of the scan", None, (np.array(self.grid) // 2 + 0.5) * self.patch - 0.5)]
         ids, purity = self.organs
         asked = [int(k) for k in cfg.figure_organs] or sorted(set(ids.tolist()) - {0})
         lost = [k for k in asked if k not in ids]
         if lost or not asked:
-            raise SystemExit(f"{scan.id}: no patch of {cfg.token_patch} voxels shows organ {lost[0]}" if lost else
-                             f"{scan.id}: its label shows no organ in any patch of {cfg.token_patch} voxels; give a query")
+            raise SystemExit(f"{scan.id}: no patch of {self.patch} voxels shows {f'organ {lost[0]}' if lost else 'an organ'} (probe_share "
+                             f"{cfg.probe_share:g}); name others, or give a query")
         points = []
         for k in asked:
-            away = np.linalg.norm(centres - centres[ids == k].mean(0), axis=1)
+            away = np.linalg.norm(self.centres - self.centres[ids == k].mean(0), axis=1)
             best = (ids == k) & (purity == purity[ids == k].max())
-            points.append((self.name(k), k, centres[np.where(best, away, np.inf).argmin()]))
+            points.append((self.name(k), k, self.centres[np.where(best, away, np.inf).argmin()]))
         return points
-
-    @functools.cached_property
-    def organs(self):
-        p, label = self.cfg.token_patch, self.scan.open("label")[0]
-        return token_labels(np.ascontiguousarray(label[tuple(slice(n * p) for n in self.grid)]), p)
 
     def cell(self, point):
         """Token (i, j, k) whose patch holds a point."""
-        cell = np.floor((np.asarray(point) + 0.5) / self.cfg.token_patch).astype(int)
+        cell = np.floor((np.asarray(point) + 0.5) / self.patch).astype(int)
         if (cell < 0).any() or (cell >= self.grid).any():
-            raise SystemExit(f"query: voxel {tuple(np.round(point, 1).tolist())} lies outside the patches of {self.scan.id}, which "
-                             f"span voxels 0 to {tuple(n * self.cfg.token_patch - 1 for n in self.grid)}")
+            raise SystemExit(f"query: voxel {np.round(point, 1).tolist()} lies in no patch of {self.scan.id}, they span voxels 0 to "
+                             f"{[n * self.patch - 1 for n in self.grid]}")
         return tuple(cell.tolist())
 
     def encoder(self, file):
         if file not in self.encoders:
-            encoder, channels = load_encoder(file, self.cfg, self.device), self.scan.record["channels"]
-            if encoder.arguments["in_channels"] != channels:
-                raise SystemExit(f"{file}: takes {encoder.arguments['in_channels']} channels, {self.scan.id} has {channels}")
-            self.encoders[file] = encoder
+            self.encoders[file] = load_encoder(file, self.cfg, self.device)
+        takes, holds = self.encoders[file].arguments["in_channels"], self.scan.record["channels"]
+        if takes != holds:
+            raise SystemExit(f"{file}: takes {takes} channels, {self.scan.id} has {holds}")
         return self.encoders[file]
 
     def tokens(self, file, moved=False):
-        """(c, i, j, k) features of the scan, or of its moved copy."""
+        """(c, i, j, k) features of the scan, or of its moved copy; crops overlap by half, so that their edges do not show."""
         if (file, moved) not in self.encoded:
             volume = self.pair["V'"] if moved else torch.from_numpy(np.ascontiguousarray(self.scan.open()))
-            self.encoded[file, moved] = encode(self.encoder(file), volume, self.cfg.crop, self.cfg.token_patch, self.device)
+            self.encoded[file, moved] = encode(self.encoder(file), volume, self.cfg.crop, self.patch, self.device, 0.5)
         return self.encoded[file, moved]
+
+    def similar(self, file, which=None):
+        """Blocks (rows, t): similarity of V's tokens, all or `which` (n,), with all of V'."""
+        q, k = (rearrange(self.tokens(file, moved), "c i j k -> 1 (i j k) c") for moved in (False, True))
+        for rows in (torch.arange(q.shape[1]) if which is None else torch.as_tensor(which)).split(2048):
+            yield losses.similarity(q[:, rows], k)[0]
 
     @functools.cached_property
     def pair(self):
-        """V, the whole scan, and V', moved and jittered as pre-training does with this config; H; long (m, 2) true matches (i, j)
-        of Eq. 2-3 inside the scan; valid_ (t,), which tokens of V' show the scan; tissue (t,), which of V are above its mean."""
-        scan, patch = self.scan, self.cfg.token_patch
-        whole = dataclasses.replace(self.cfg, slab=scan.shape, crop=scan.shape)
-        batch = data.collate([data.Slabs([scan], whole, 1, whole.seed).sample(scan, np.random.default_rng(whole.seed))])
+        """V, the whole scan, and V', moved and jittered within the config's ranges, (c, x, y, z); H (4, 4); true matches of Eq. 2-3
+        inside the scan, (m, 2) rows (i, j); valid_ (t,), the tokens of V' that show the scan; tissue (t,), those of V above its mean."""
+        whole = dataclasses.replace(self.cfg, slab=self.scan.shape, crop=self.scan.shape)
+        batch = data.collate([data.Slabs([self.scan], whole, 1, whole.seed).sample(self.scan, np.random.default_rng(whole.seed))])
         V, V_, _ = data.views(batch, whole)
-        valid, valid_ = data.tokens_inside(batch, self.grid, patch)
-        _, i, j = data.matches(batch["H"], self.grid, patch).T
-        matched = torch.stack([i, j], 1)[valid[0, i] & valid_[0, j]]
-        means = self.patches(V[0, 0].numpy()).mean(1)
-        return {"V": V[0], "V'": V_[0], "H": batch["H"][0].numpy(), "matches": matched, "valid_": valid_[0], "tissue": means > V[0, 0].mean().item()}
+        valid, valid_ = data.tokens_inside(batch, self.grid, self.patch)
+        _, i, j = data.matches(batch["H"], self.grid, self.patch).T
+        tissue = F.avg_pool3d(V[0, :1], self.patch).flatten() > V[0, 0].mean()
+        return {"V": V[0], "V'": V_[0], "H": batch["H"][0].numpy(), "valid_": valid_[0], "tissue": tissue.numpy(),
+                "matches": torch.stack([i, j], 1)[valid[0, i] & valid_[0, j]].numpy()}
 
-    def about(self):
-        """What every JSON file states first."""
-        return dict(scan=self.scan.id, shape=self.scan.shape, spacing=self.scan.spacing, patch=self.cfg.token_patch, grid=self.grid)
-
-
-def titles(files):
-    """{file: short heading}"""
-    short = {f: "random weights" if f == "random" else "/".join(Path(f).with_suffix("").parts[-2:]).removesuffix("/encoder") for f in files}
-    return short if len(set(short.values())) == len(files) else {f: str(f) for f in files}
+    def write(self, path, **numbers):
+        scan = self.scan
+        write_json(path, dict(scan=scan.id, shape=scan.shape, spacing=scan.spacing, affine=scan.affine, patch=self.patch, grid=self.grid) | numbers)
 
 
 def cosine_map(tokens, cell):
     """Cosine similarity (i, j, k) of all tokens (c, i, j, k) with the one at `cell`; 1 the same direction."""
     query = rearrange(tokens[(slice(None), *cell)], "c -> 1 1 c")
-    sim = losses.similarity(query, rearrange(tokens, "c i j k -> 1 (i j k) c"))
-    return sim.reshape(tokens.shape[1:]).numpy()
-
-
-def rows_of(tokens, tokens_, which=None, size=2048):
-    """Blocks (rows, t) of the similarity between tokens (c, i, j, k) of V, all or those in `which`, and all of V'."""
-    q, k = (rearrange(t, "c i j k -> 1 (i j k) c") for t in (tokens, tokens_))
-    for block in (torch.arange(q.shape[1]) if which is None else which).split(size):
-        yield losses.similarity(q[:, block], k)[0]
+    return losses.similarity(query, rearrange(tokens, "c i j k -> 1 (i j k) c")).reshape(tokens.shape[1:]).numpy()
 
 
 def components(tokens, n=3):
-    """First n principal components (i, j, k, n) of tokens (c, i, j, k), each one's share of the variance (n,). The sign of a component
-    is arbitrary; here its largest weight is positive, so that a picture does not change from machine to machine."""
+    """First n principal components (i, j, k, n) of tokens (c, i, j, k), and each one's share of the variance (n,). The sign of a
+    component is arbitrary: here its largest weight is positive, so that a picture does not change from machine to machine."""
     x = rearrange(tokens, "c i j k -> (i j k) c").double().numpy()
     x = x - x.mean(0)
-    values, vectors = np.linalg.eigh(x.T @ x)
-    vectors = vectors[:, ::-1][:, :n]
-    vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), np.arange(n)])
-    return (x @ vectors).reshape(*tokens.shape[1:], n), values[::-1][:n] / values.sum()
+    values, vectors = (a[..., ::-1] for a in np.linalg.eigh(x.T @ x))
+    vectors = vectors[:, :n] * np.sign(vectors[np.abs(vectors[:, :n]).argmax(0), np.arange(n)])
+    return (x @ vectors).reshape(*tokens.shape[1:], n), values[:n] / values.sum()
 
 
-def plane_sheet(path, shown, point, columns, title, organ=None, mark=True):
-    """One PNG: a row per plane through `point` (3,) voxels, a column per volume, all at one scale in mm; the scan comes first.
-
-    columns  (heading, volume, scale): volume (i, j, k) of tokens with scale (colour map, low, high, unit), or colours (i, j, k, 3) in
-             [0, 1] with scale (what they mean)
-    organ    id that is outlined where the label has it;   mark: a square on the patch that holds the point
-    """
+def blank(width, height, title):
     from matplotlib.figure import Figure
-    scan, n = shown.scan, len(columns) + 1
-    mm = np.array(scan.shape) * scan.spacing
-    heights, widest = [mm[plane[3]] for plane in PLANES], max(mm[plane[2]] for plane in PLANES)
-    width, side, gap, head, foot = max(9.0, 0.4 + 1.7 * n), 0.4, 0.08, 0.8, 0.65                    # inches
-    scale = min((width - side - gap) / n / widest - gap / widest, 10 / sum(heights))               # inches per mm
-    total = head + sum(heights) * scale + 3 * gap + foot
-    figure = Figure((width, total), facecolor="white")
-    figure.text(0.5, 1 - 0.1 / total, title, ha="center", va="top", fontsize=11)
-    image = scan.open()[0].astype(np.float32)
-    unit, low_high = "z-score", (0, 1)
-    if shown.cfg.intensity != "zscore":
-        unit, low_high = "voxel value in the file (CT: HU)", shown.cfg.window
-    image = image if unit == "z-score" else image * np.float32(low_high[1] - low_high[0]) + np.float32(low_high[0])
-    cuts = np.concatenate([_cut(plane, np.round(point).astype(int), image)[0].ravel() for plane in PLANES])
-    columns = [("scan", image, ("gray", *np.percentile(cuts, [1, 99.5]), unit)), *columns]
-    start = side + (width - side - n * (widest * scale + gap)) / 2
-    for column, (heading, volume, colours) in enumerate(columns):
-        left, top = start + column * (widest * scale + gap), total - head
-        figure.text((left + widest * scale / 2) / width, (top + 0.06) / total, heading, ha="center", va="bottom", fontsize=9)
-        for plane, height in zip(PLANES, heights):
-            w, h = mm[plane[2]] * scale, height * scale
-            axes = figure.add_axes(((left + (widest * scale - w) / 2) / width, (top - h) / total, w / width, h / total))
-            drawn = _plane(axes, shown, plane, point, volume, colours, organ, mark)
-            if column == 0:
-                figure.text((start - 0.08) / width, (top - h / 2) / total, f"{plane[0]}, {'xyz'[plane[1]]} = {point[plane[1]]:g}", rotation=90,
-                            ha="right", va="center", fontsize=9)
-            top -= h + gap
-        if len(colours) == 1:
-            figure.text((left + widest * scale / 2) / width, (top - 0.02) / total, colours[0], ha="center", va="top", fontsize=8)
-        else:
-            bar = figure.add_axes(((left + 0.1) / width, (top - 0.12) / total, (widest * scale - 0.2) / width, 0.1 / total))
-            figure.colorbar(drawn, cax=bar, orientation="horizontal").set_label(colours[3], fontsize=8, labelpad=1)
-            bar.tick_params(labelsize=8)
-            bar.locator_params(nbins=4)
-    figure.savefig(path, dpi=150)
+    figure = Figure((width, height), facecolor="white", layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    return figure
 
 
-def _plane(axes, shown, plane, point, volume, colours, organ, mark):
-    """One slice in the frame of the scan's voxels, whether it holds voxels or tokens; R, or the front, on the left."""
+def draw_plane(axes, shown, plane, point, volume, look, organ=None, mark=True):
+    """One slice in the frame of the scan's voxels, whether `volume` holds voxels or tokens; R, or the front, on the left."""
     from matplotlib.patches import Rectangle
     _, cut, across, up, letters = plane
-    shape, p = shown.scan.shape, 1 if volume.shape == shown.scan.shape else shown.cfg.token_patch
-    centre = np.floor((np.asarray(point) + 0.5) / p).astype(int)
-    picture = np.stack(_cut(plane, centre, *(rearrange(volume, "i j k c -> c i j k") if volume.ndim == 4 else volume[None])), -1)
-    end = shape[across] - 0.5                                              # tokens end before the scan where no whole patch fits
-    look = dict(cmap=colours[0], vmin=colours[1], vmax=colours[2]) if len(colours) > 1 else {}
-    drawn = axes.imshow(picture[..., 0] if volume.ndim == 3 else picture, origin="lower", aspect="auto", interpolation="nearest",
-                        extent=(end - picture.shape[1] * p, end, -0.5, picture.shape[0] * p - 0.5), **look)
+    shape, step = shown.scan.shape, 1 if volume.shape == shown.scan.shape else shown.patch
+    channels = rearrange(volume, "i j k c -> c i j k") if volume.ndim == 4 else volume[None]
+    picture = np.stack(_cut(plane, np.floor((np.asarray(point) + 0.5) / step).astype(int), *channels), -1)
+    end = shape[across] - 0.5                                              # tokens end where no whole patch fits: grey
+    drawn = axes.imshow(picture.squeeze(-1) if volume.ndim == 3 else picture, origin="lower", interpolation="nearest", **look,
+                        extent=(end - picture.shape[1] * step, end, -0.5, picture.shape[0] * step - 0.5))
     axes.set(xlim=(-0.5, end), ylim=(-0.5, shape[up] - 0.5), xticks=[], yticks=[], facecolor="0.6")
+    axes.set_aspect(shown.scan.spacing[up] / shown.scan.spacing[across])
     if organ is not None:
-        mask = _cut(plane, np.round(point).astype(int), shown.scan.open("label")[0] == organ)[0]
+        mask = _cut(plane, np.floor(np.asarray(point) + 0.5).astype(int), shown.scan.open("label")[0] == organ)[0]
         if mask.any():
             axes.contour(mask, [0.5], colors=["white"], linewidths=0.9)
     if mark:
-        edge = shown.cfg.token_patch
-        x, y = (np.array(shown.cell(point)) * edge - 0.5)[[across, up]]
+        x, y = (np.array(shown.cell(point)) * shown.patch - 0.5)[[across, up]]
         for colour, line in (("black", 2.6), ("#56B4E9", 1.3)):
-            axes.add_patch(Rectangle((shape[across] - 1 - x - edge, y), edge, edge, fill=False, edgecolor=colour, linewidth=line))
+            axes.add_patch(Rectangle((shape[across] - 1 - x - shown.patch, y), shown.patch, shown.patch, fill=False, edgecolor=colour, linewidth=line))
     _letters(axes, letters)
     return drawn
 
 
+def plane_sheet(path, shown, point, columns, title, organ=None, mark=True):
+    """One PNG: a row per plane through `point` (3,) voxels; the scan, then a column per volume, all at one scale in mm.
+
+    columns  (heading, volume, look, unit): tokens (i, j, k) with look = dict(cmap, vmin, vmax), or colours (i, j, k, 3) in [0, 1], {}
+    organ    id that is outlined where the label has it;   mark: a square on the patch that holds the point
+    """
+    low, high = (0, 1) if shown.cfg.intensity == "zscore" else shown.cfg.window
+    image = shown.scan.open()[0].astype(np.float32) * (high - low) + low
+    grey = np.percentile(np.concatenate([_cut(plane, point.astype(int), image)[0].ravel() for plane in PLANES]), [1, 99.5])
+    unit = "z-score" if shown.cfg.intensity == "zscore" else "value (CT: HU)"
+    columns = [("scan", image, dict(cmap="gray", vmin=grey[0], vmax=grey[1]), unit), *columns]
+    mm = np.array(shown.scan.shape) * shown.scan.spacing
+    heights, width = [mm[plane[3]] for plane in PLANES], max(9.0, 1.75 * len(columns))
+    scale = min((width - 0.5) / len(columns) / max(mm[plane[2]] for plane in PLANES), 9.5 / sum(heights))      # inches per mm
+    figure = blank(width, sum(heights) * scale + 1.6, title)
+    axes = figure.subplots(3, len(columns), height_ratios=heights)
+    for column, (heading, volume, look, unit) in zip(axes.T, columns):
+        for axis, plane in zip(column, PLANES):
+            drawn = draw_plane(axis, shown, plane, point, volume, look, organ, mark)
+        column[0].set_title(heading, fontsize=9)
+        if look:
+            bar = figure.colorbar(drawn, ax=column, location="bottom", shrink=0.9, aspect=24, pad=0.01)
+            bar.set_label(unit, fontsize=8)
+            bar.ax.tick_params(labelsize=8)
+            bar.ax.locator_params(nbins=4)
+        else:
+            column[2].set_xlabel(unit, fontsize=8)
+    for axis, plane in zip(axes[:, 0], PLANES):
+        axis.set_ylabel(f"{plane[0]}, {'xyz'[plane[1]]} = {point[plane[1]]:.4g}", fontsize=9)
+    figure.savefig(path, dpi=150)
+    return path
+
+
 def similarity_sheets(shown, out, kind, heads):
     """A sheet per query point: where the scan looks like it to each encoder of {file: heading}, all on one colour scale."""
-    scan, numbers, made = shown.scan, [], []
+    made, numbers = [], []
     for name, organ, point in shown.queries:
-        cell = shown.cell(point)
-        maps = {file: cosine_map(shown.tokens(file), cell) for file in heads}
-        look = ("magma", min(m.min() for m in maps.values()), 1.0, "cosine similarity")
-        made.append(out / (f"{kind}_{data._plain_id(name.replace(' ', '_'))}.png" if len(shown.queries) > 1 else f"{kind}.png"))
-        mm = (scan.affine @ [*point, 1])[:3]
-        plane_sheet(made[-1], shown, point, [(heads[file], m, look) for file, m in maps.items()],
-                    f"Similarity to the marked patch: {name}, {scan.id}, R A S = {', '.join(f'{v:.0f}' for v in mm)} mm", organ)
-        numbers.append(dict(name=name, organ=organ, voxel=point, mm=mm, token=cell, maps={f: np.round(m, 5) for f, m in maps.items()}))
-    write_json(out / f"{kind}.json", shown.about() | dict(headings=heads, queries=numbers))
+        maps, mm = {file: cosine_map(shown.tokens(file), shown.cell(point)) for file in heads}, (shown.scan.affine @ [*point, 1])[:3]
+        look = dict(cmap="magma", vmin=min(m.min() for m in maps.values()), vmax=1)
+        path = out / (f"{kind}_{data._plain_id(name.replace(' ', '_'))}.png" if len(shown.queries) > 1 else f"{kind}.png")
+        title = f"Similarity to the marked patch: {name}, scan {shown.scan.id}, R A S = {', '.join(f'{v:.0f}' for v in mm)} mm"
+        made.append(plane_sheet(path, shown, point, [(heads[f], m, look, "cosine similarity") for f, m in maps.items()], title, organ))
+        numbers.append(dict(name=name, organ=organ, voxel=point, mm=mm, token=shown.cell(point), maps={f: np.round(m, 5) for f, m in maps.items()}))
+    shown.write(out / f"{kind}.json", queries=numbers)
     return made
 
 
 def draw_similarity(shown, out):
     """Fig. 1B: cosine similarity of a query patch with all patches of the scan, a column per encoder."""
-    return similarity_sheets(shown, out, "similarity", titles(shown.files))
+    return similarity_sheets(shown, out, "similarity", shown.heads)
 
 
 def draw_evolution(shown, out):
-    """Fig. 7: the same maps from the checkpoints that pre-training kept (its key `keep`), random weights first."""
+    """Fig. 7: the same maps from the checkpoints that pre-training kept (its key `keep`), after random weights."""
     run = Path(shown.cfg.runs) / shown.cfg.name
-    kept = sorted((int(path.stem.split("-")[1]), str(path)) for path in run.glob("encoder-*.pt") if path.stem.split("-")[1].isdigit())
+    kept = {int(path.stem[8:]): str(path) for path in run.glob("encoder-*.pt") if path.stem[8:].isdigit()}
     if not kept:
         raise NoFigure(f"{run} holds no encoder-<step>.pt; pre-train with, for instance, --keep=\"(10, 100, 1000)\"")
     if (run / "encoder.pt").exists():
-        last = read_file(run / "encoder.pt").get("step")
-        kept += [] if last in dict(kept) else [(last, str(run / "encoder.pt"))]
-    return similarity_sheets(shown, out, "evolution", {"random": "random weights"} | {file: f"step {step}" for step, file in kept})
+        kept.setdefault(read_file(run / "encoder.pt").get("step"), str(run / "encoder.pt"))
+    heads = {"random": "random weights"} | {kept[step]: f"step {step}" for step in sorted(kept)}
+    return similarity_sheets(shown, out, "evolution", heads)
 
 
 def draw_distribution(shown, out):
-    """Fig. 3: of two patches the similarities with all patches of V' and their Sharpe ratio (Eq. 6); the map of the ratio over V.
+    """Fig. 3: similarities of a patch with all of V' and its Sharpe ratio (Eq. 6), for two patches; the map of the ratio over V.
 
-    The two: the highest and the lowest ratio that the last encoder gives to patches that show an organ (without labels: tissue)
-    and have their true partner in V'. With a query point it alone.
+    The two have the highest and the lowest ratio, to the last encoder, of all patches that show an organ (without labels: tissue)
+    and whose true partner is in V'. A query point takes their place.
     """
-    from matplotlib.figure import Figure
-    scan, pair, heads = shown.scan, shown.pair, titles(shown.files)
-    usable = pair["valid_"]
-    ratio = {f: torch.cat([losses.sharpe_ratio(rows[None], 2, usable[None])[0] for rows in rows_of(shown.tokens(f), shown.tokens(f, True))]).numpy()
-             for f in heads}
-    ids = shown.organs[0] if scan.case["label"] else None
+    scan, pair, numbers, usable = shown.scan, shown.pair, [], shown.pair["valid_"]
+    ratio = {f: torch.cat([losses.sharpe_ratio(rows[None], 2, usable[None])[0] for rows in shown.similar(f)]).numpy() for f in shown.heads}
     if shown.cfg.query or shown.cfg.query_mm:
         chosen = {"query": int(np.ravel_multi_index(shown.cell(shown.queries[0][2]), shown.grid))}
     else:
-        candidates = np.zeros(len(usable), bool)
-        candidates[pair["matches"][:, 0].unique()] = True
-        candidates &= pair["tissue"] if ids is None else ids > 0
-        if not candidates.any():
-            raise NoFigure("no patch of an organ, or of tissue, has its partner in V' under the config's moves")
-        last = ratio[shown.files[-1]]
-        chosen = {"highest": int(np.where(candidates, last, -np.inf).argmax()), "lowest": int(np.where(candidates, last, np.inf).argmin())}
-    centres = data.patch_centres(shown.grid, shown.cfg.token_patch).numpy()
-    figure = Figure((9, 2.6 + 2.2 * len(heads)), facecolor="white", layout="constrained")
-    figure.suptitle(f"Similarity of one patch of V with the {int(usable.sum())} patches of V', {scan.id}", fontsize=11)
-    axes = figure.subplots(1 + len(heads), len(chosen), squeeze=False, height_ratios=[1.3] + [1] * len(heads))
-    numbers = []
+        fit = np.flatnonzero(pair["tissue"] if shown.organs is None else shown.organs[0])
+        fit = fit[np.isin(fit, pair["matches"][:, 0])]
+        if not len(fit):
+            raise NoFigure("no patch of an organ, or of tissue, has its partner in V' after the config's moves")
+        last = ratio[list(shown.heads)[-1]][fit]
+        chosen = {"highest ratio": int(fit[last.argmax()]), "lowest ratio": int(fit[last.argmin()])}
+    figure = blank(9, 2.9 + 2.1 * len(ratio), f"Similarity of one patch of V with the {int(usable.sum())} patches of V', scan {scan.id}")
+    axes = figure.subplots(1 + len(ratio), len(chosen), squeeze=False, height_ratios=[1.4] + [1] * len(ratio))
     image = scan.open()[0].astype(np.float32)
-    for column, (which, token) in zip(axes.T, chosen.items()):
-        where = "" if ids is None or not ids[token] else f"{shown.name(ids[token])}, "
-        _plane(column[0], shown, PLANES[0], centres[token], image, ("gray", *np.percentile(image, [1, 99.5]), ""), None, True)
-        column[0].set_aspect(scan.spacing[1] / scan.spacing[0])
-        column[0].set_title(f"{which}{'' if which == 'query' else ' Sharpe ratio'}: {where}axial, z = {centres[token][2]:g}", fontsize=9)
-        partners = pair["matches"][pair["matches"][:, 0] == token][:, 1]
-        for axis, f in zip(column[1:], heads):
-            sim = next(rows_of(shown.tokens(f), shown.tokens(f, True), torch.tensor([token])))[0]
-            values, true = sim[usable].numpy(), sim[partners].tolist()
-            numbers.append(dict(which=which, encoder=f, token=token, voxel=centres[token], organ=None if ids is None else ids[token],
-                                sharpe_ratio=ratio[f][token], largest=values.max(), mean=values.mean(), deviation=values.std(),
-                                similarities=np.round(values, 5), true_partners=true))
-            _histogram(axis, numbers[-1], heads[f])
+    low, high = np.percentile(image, [1, 99.5])
+    for column, (which, t) in zip(axes.T, chosen.items()):
+        organ = "" if shown.organs is None or not shown.organs[0][t] else f", {shown.name(shown.organs[0][t])}"
+        draw_plane(column[0], shown, PLANES[0], shown.centres[t], image, dict(cmap="gray", vmin=low, vmax=high))
+        column[0].set_title(f"{which}{organ}, axial, z = {shown.centres[t][2]:.4g}", fontsize=9)
+        partners = pair["matches"][pair["matches"][:, 0] == t][:, 1]
+        for axis, f in zip(column[1:], ratio):
+            row = next(shown.similar(f, [t]))[0]
+            numbers.append(dict(which=which, encoder=f, token=t, sharpe_ratio=ratio[f][t], similarities=np.round(row[usable].numpy(), 5),
+                                true_partners=row[partners].numpy()))
+            draw_histogram(axis, row[usable].numpy(), numbers[-1], shown.heads[f])
+    column[-1].set_xlabel("cosine similarity", fontsize=9)
+    axes[-1, 0].set_xlabel("cosine similarity", fontsize=9)
+    figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.savefig(out / "distribution.png", dpi=150)
-    top = max(float(r.max()) for r in ratio.values())
-    least = min(float(r.min()) for r in ratio.values())
-    plane_sheet(out / "distribution_map.png", shown, centres[next(iter(chosen.values()))],
-                [(heads[f], r.reshape(shown.grid), ("viridis", least, top, "Sharpe ratio, Eq. 6")) for f, r in ratio.items()],
-                f"Sharpe ratio of every patch of V against V', {scan.id}: high: one peak; low: many similar patches")
-    write_json(out / "distribution.json", shown.about() | dict(H=pair["H"], tokens=numbers, sharpe_ratio={f: np.round(r, 5).reshape(shown.grid) for f, r in ratio.items()}))
+    look = dict(cmap="viridis", vmin=min(r.min() for r in ratio.values()), vmax=max(r.max() for r in ratio.values()))
+    plane_sheet(out / "distribution_map.png", shown, shown.centres[next(iter(chosen.values()))],
+                [(shown.heads[f], r.reshape(shown.grid), look, "Sharpe ratio, Eq. 6") for f, r in ratio.items()],
+                f"Sharpe ratio of every patch, scan {scan.id}; high: one peak, low: many similar patches")
+    shown.write(out / "distribution.json", H=pair["H"], chosen=numbers, sharpe_ratio={f: np.round(r, 5).reshape(shown.grid) for f, r in ratio.items()})
     return [out / "distribution.png", out / "distribution_map.png"]
 
 
-def _histogram(axes, n, heading):
-    """Similarities of one patch on a logarithmic count, so that a peak of one patch is seen beside thousands."""
-    axes.hist(n["similarities"], np.linspace(-1, 1, 81), color="#0072B2", log=True)
-    axes.axvline(n["mean"], color="0.3", linewidth=1, linestyle=":", label="mean")
-    axes.axvline(n["largest"], color="#D55E00", linewidth=1.2, label="largest")
-    for k, value in enumerate(n["true_partners"]):
-        axes.plot(value, 0.62, marker="^", color="#009E73", markersize=7, clip_on=False, linestyle="", label="true partner" if k == 0 else None)
-    axes.set(xlim=(-1, 1), ylim=(0.6, None), xlabel="cosine similarity", ylabel="patches")
-    axes.set_title(f"{heading}: ({n['largest']:.2f} - {n['mean']:.2f}) / {n['deviation']:.2f} = {n['sharpe_ratio']:.2f}", fontsize=9)
+def draw_histogram(axes, values, number, heading):
+    """Counts on a logarithmic axis, so that a peak of one patch is seen beside thousands."""
+    axes.hist(values, np.linspace(-1, 1, 81), color="#0072B2", log=True)
+    axes.axvline(values.mean(), color="0.2", linewidth=1.2, linestyle=":", label="mean")
+    axes.axvline(values.max(), color="#D55E00", linewidth=1.4, label="largest")
+    axes.plot(number["true_partners"], [0.62] * len(number["true_partners"]), "^", color="#009E73", markersize=8, clip_on=False, label="true partner", zorder=5)
+    axes.set(xlim=(-1, 1), ylim=(0.62, None))
+    axes.set_ylabel("patches", fontsize=9)
     axes.tick_params(labelsize=8)
-    axes.legend(fontsize=7, frameon=False, loc="upper left")
+    axes.set_title(f"{heading}: ({values.max():.2f} - {values.mean():.2f}) / {values.std():.2f} = {number['sharpe_ratio']:.2f}", fontsize=9)
 
 
 def draw_tsne(shown, out):
-    """Fig. 4, 5: t-SNE (perplexity 24, as published) of tokens that show an organ, and the silhouette of every organ."""
-    from matplotlib.figure import Figure
+    """Fig. 4, 5: t-SNE (perplexity 24, as published) of tokens that show an organ, and every organ's silhouette (Euclidean, as
+    published, and cosine), in the labelled scans."""
     manifold, cfg = _need("sklearn.manifold", "scikit-learn"), shown.cfg
     labelled = [case for case in shown.cases if case["label"]]
     if not labelled:
         raise NoFigure("the scans have no labels; give probe_image and probe_label, or probe_datalist")
-    scans, heads, numbers = data.open_scans(shown.source, labelled), titles(shown.files), {}
-    for f in heads:
-        x, y, n = organ_tokens(shown.encoder(f), scans, cfg, shown.device)
-        kept = _thin(y, cfg.seed, cfg.figure_tokens)
-        if len(np.unique(y)) < 2 or len(kept) <= 24:
-            raise NoFigure(f"{len(kept)} tokens of {len(np.unique(y))} organs in {len(scans)} scans, a perplexity of 24 needs more than 24 of two")
+    scans, numbers = data.open_scans(shown.source, labelled), {}
+    for f in shown.heads:
+        x, y, n = organ_tokens(shown.encoder(f), scans, cfg, shown.device, 0.5)
+        kept, organs = _thin(y, cfg.seed, cfg.figure_tokens), np.unique(y).tolist()
+        if len(organs) < 2 or len(kept) <= 24:
+            raise NoFigure(f"{len(kept)} tokens of {len(organs)} organs; two organs and more than 24 tokens are needed (perplexity 24)")
         flat = manifold.TSNE(2, perplexity=24, init="pca", random_state=cfg.seed).fit_transform(x[kept])
-        numbers[f] = dict(points=np.round(flat, 3), organ=y[kept], scan=n[kept], tokens={int(k): int((y == k).sum()) for k in np.unique(y)})
-        for metric in ("euclidean", "cosine"):
-            mean, each = silhouette(x, y, metric, cfg.seed)
-            numbers[f][metric] = dict(mean=mean, organs=each, mean_of_organs=_mean(list(each.values())))
-    organs = sorted(numbers[shown.files[0]]["tokens"])
-    figure = Figure((9, 8.6), facecolor="white", layout="constrained")
-    figure.suptitle(f"Tokens of {cfg.token_patch} voxels that show an organ, {len(scans)} scans; t-SNE, perplexity 24", fontsize=11)
-    above, below = figure.subfigures(2, 1, height_ratios=[1.15, 1])
-    for axes, f in zip(above.subplots(1, len(heads), squeeze=False)[0], heads):
-        flat, y = numbers[f]["points"], numbers[f]["organ"]
+        scores = {metric: silhouette(x, y, metric, cfg.seed, cfg.probe_limit) for metric in ("euclidean", "cosine")}
+        numbers[f] = dict(points=np.round(flat, 3), organ=y[kept], scan=n[kept], tokens={k: int((y == k).sum()) for k in organs},
+                          silhouette={m: dict(mean=mean, organs=each) for m, (mean, each) in scores.items()})
+    figure = blank(9, 9, f"Tokens of {shown.patch} voxels that show an organ, {len(scans)} scans; t-SNE, perplexity 24")
+    above, below = figure.subfigures(2, 1, height_ratios=[1.2, 1])
+    for axes, f in zip(above.subplots(1, len(numbers), squeeze=False)[0], numbers):
         for k in organs:
-            axes.scatter(*flat[y == k].T, s=5, color=_colour(k), linewidths=0, label=f"{k} {shown.name(k)}")
-        for k in organs:                                                   # the number where the organ is densest to the eye
-            axes.text(*np.median(flat[y == k], 0), k, fontsize=8, weight="bold", ha="center", va="center",
-                      bbox=dict(facecolor="white", alpha=0.7, linewidth=0, pad=0.8))
+            points = numbers[f]["points"][numbers[f]["organ"] == k]
+            axes.scatter(*points.T, s=6, color=_colour(k), linewidths=0, label=f"{k} {shown.name(k)}")
+            densest = cKDTree(points).query(points, min(10, len(points) - 1) + 1)[0].mean(-1).argmin()
+            axes.text(*points[densest], k, fontsize=8, weight="bold", ha="center", va="center", bbox=dict(facecolor="white", alpha=0.75, linewidth=0, pad=0.8))
         axes.set(xticks=[], yticks=[])
-        axes.set_title(f"{heads[f]}: silhouette {numbers[f]['euclidean']['mean']:.3f} Euclidean, {numbers[f]['cosine']['mean']:.3f} cosine", fontsize=9)
-    handles, labels = axes.get_legend_handles_labels()
-    above.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False, markerscale=3)
-    for axes, metric in zip(below.subplots(2, 1, sharex=True), ("euclidean", "cosine")):
-        for k, f in enumerate(heads):
-            values = [*numbers[f][metric]["organs"].values(), numbers[f][metric]["mean"]]
-            axes.bar(np.arange(len(values)) + (k + 0.5) / len(heads) * 0.8 - 0.4, values, 0.75 / len(heads), color=_colour(5 + k) if k else "0.6", label=heads[f])
+        axes.set_title(shown.heads[f] + ", mean silhouette\n" + ", ".join(f"{m} {s['mean']:.3f}" for m, s in numbers[f]["silhouette"].items()), fontsize=9)
+    above.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False, markerscale=3)
+    panels = below.subplots(2, 1, sharex=True)
+    for axes, metric in zip(panels, ("euclidean", "cosine")):
+        for k, f in enumerate(numbers):
+            score, width = numbers[f]["silhouette"][metric], 0.8 / len(numbers)
+            axes.bar(np.arange(len(organs) + 1) + (k + 0.5) * width - 0.4, [*score["organs"].values(), score["mean"]], 0.9 * width,
+                     color=("0.6", *COLOURS[4:])[k % 11], label=shown.heads[f])
         axes.axhline(0, color="black", linewidth=0.8)
         axes.axvline(len(organs) - 0.5, color="0.6", linewidth=0.8)
-        axes.set_ylabel(f"silhouette,\n{'Euclidean' if metric == 'euclidean' else 'cosine'}", fontsize=9)
+        axes.set_ylabel(f"silhouette, {metric}", fontsize=8)
         axes.tick_params(labelsize=8)
-        axes.set_xticks(range(len(organs) + 1), [*map(shown.name, organs), "all tokens"], rotation=35, ha="right", fontsize=8)
-    axes.figure.axes[-2].legend(fontsize=8, frameon=False, ncols=len(heads))
+    axes.set_xticks(range(len(organs) + 1), [*[f"{shown.name(k)} ({v})" for k, v in numbers[f]["tokens"].items()], "all tokens"], rotation=35, ha="right", fontsize=8)
+    below.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     figure.savefig(out / "tsne.png", dpi=150)
     write_json(out / "tsne.json", dict(scans=[s.id for s in scans], perplexity=24, names={k: shown.name(k) for k in organs}, encoders=numbers))
     return [out / "tsne.png"]
@@ -1835,17 +1821,16 @@ def draw_tsne(shown, out):
 
 def draw_pca(shown, out):
     """Fig. 6: the first three principal components of a scan's tokens as red, green, blue, and the first alone; central slices."""
-    heads, columns, numbers = titles(shown.files), [], {}
-    for f in heads:
+    columns, numbers = [], {}
+    for f, heading in shown.heads.items():
         values, share = components(shown.tokens(f))
         low, high = np.percentile(values.reshape(-1, 3), [1, 99], axis=0)
-        columns.append((f"{heads[f]}\nthree components", np.clip((values - low) / (high - low), 0, 1),
-                        (f"red, green, blue:\n{', '.join(f'{s:.0%}' for s in share)} of the variance",)))
-        columns.append((f"{heads[f]}\nfirst component", values[..., 0], ("cividis", low[0], high[0], "first component")))
+        columns.append((f"{heading}\nfirst three as RGB", np.clip((values - low) / (high - low), 0, 1), {}, f"{', '.join(f'{s:.0%}' for s in share)}\nof the variance"))
+        columns.append((f"{heading}\nfirst alone", values[..., 0], dict(cmap="cividis", vmin=low[0], vmax=high[0]), "component 1"))
         numbers[f] = dict(share_of_variance=share, components=np.round(values, 5))
-    middle = np.array([(n // 2 + 0.5) * shown.cfg.token_patch - 0.5 for n in (shown.scan and shown.grid)])
-    plane_sheet(out / "pca.png", shown, middle, columns, f"Principal components of the tokens, {shown.scan.id}", mark=False)
-    write_json(out / "pca.json", shown.about() | dict(encoders=numbers))
+    middle = (np.array(shown.grid) // 2 + 0.5) * shown.patch - 0.5
+    plane_sheet(out / "pca.png", shown, middle, columns, f"Principal components of the tokens, scan {shown.scan.id}", mark=False)
+    shown.write(out / "pca.json", encoders=numbers)
     return [out / "pca.png"]
 
 
@@ -1855,117 +1840,109 @@ def draw_correspondence(shown, out):
     V is cut at the layer of patches with most matches. V' is shown on the surface to which H sends that plane, seen along z: so the
     same tissue lies under both ends of a true line, and where H, warp and the matches disagree, it does not.
     """
-    from matplotlib.figure import Figure
-    scan, pair, heads, patch = shown.scan, shown.pair, titles(shown.files), shown.cfg.token_patch
-    centres, H, matched = data.patch_centres(shown.grid, patch).numpy(), pair["H"], pair["matches"].numpy()
-    i, first = np.unique(matched[pair["tissue"][matched[:, 0]], 0], return_index=True)
-    j = matched[pair["tissue"][matched[:, 0]]][first, 1]
-    back = np.linalg.inv(H)
+    scan, pair, centres = shown.scan, shown.pair, shown.centres
+    everyone, first = np.unique(pair["matches"][:, 0], return_index=True)
+    i, j = pair["matches"][first][pair["tissue"][everyone]].T
+    back = np.linalg.inv(pair["H"])
     if not len(i) or abs(back[2, 2]) < 0.3:
-        raise NoFigure("the config's moves leave no matched patch of tissue in sight, or put the axial plane on edge; try another seed or a smaller rotation")
+        raise NoFigure("the config's moves leave no matched patch of tissue, or put the axial plane on edge; try another seed or a smaller rotation")
     layers, counts = np.unique(centres[i, 2], return_counts=True)
     layer = layers[counts.argmax()]
     i, j = i[centres[i, 2] == layer], j[centres[i, 2] == layer]
-    drawn = _far_apart(centres[i], 10)
-    i, j = i[drawn], j[drawn]
-    everyone, numbers = np.unique(matched[:, 0]), {}
-    rows = [("true, by H (Eq. 2-3)", j, None)]
-    for f in heads:
-        sims = [r.masked_fill(~pair["valid_"], -2).argmax(1) for r in rows_of(shown.tokens(f), shown.tokens(f, True), torch.from_numpy(everyone))]
-        guess = dict(zip(everyone.tolist(), torch.cat(sims).tolist()))
-        right = {int(a) for a, b in matched if guess[int(a)] == b}
-        numbers[f] = dict(predicted=[guess[a] for a in i.tolist()], right=len(right), of=len(everyone))
-        rows.append((f"{heads[f]}: {len(right)} of all {len(everyone)} matched patches right", np.array(numbers[f]["predicted"]), [a in right for a in i.tolist()]))
-    cuts = [_sheet_of(pair[name][0].numpy(), G, layer) for name, G in (("V", np.eye(4)), ("V'", back))]
-    tall = 4.0 * scan.shape[1] * scan.spacing[1] / (scan.shape[0] * scan.spacing[0])
-    figure = Figure((9, 0.6 + (tall + 0.35) * len(rows)), facecolor="white")
-    for n, (heading, partner, right) in enumerate(rows):
-        top = 1 - (0.6 + n * (tall + 0.35)) / figure.get_figheight()
-        both = [figure.add_axes((x, top - tall / figure.get_figheight(), 4.0 / 9, tall / figure.get_figheight())) for x in (0.02, 0.98 - 4.0 / 9)]
-        figure.text(0.5, top + 0.05 / figure.get_figheight(), heading, ha="center", va="bottom", fontsize=9)
+    spread = far_apart(centres[i], 10)
+    i, j, numbers = i[spread], j[spread], {}
+    rows = [("true partners (Eq. 2-3); dotted: the patch of V as H moves it", j, None)]
+    for f, heading in shown.heads.items():
+        guess = torch.cat([rows_.masked_fill(~pair["valid_"], -2).argmax(1) for rows_ in shown.similar(f, everyone)]).numpy()
+        right = {int(a) for a, b in pair["matches"] if guess[np.searchsorted(everyone, a)] == b}
+        mine = guess[np.searchsorted(everyone, i)]
+        numbers[f] = dict(predicted=mine, right=len(right), matched=len(everyone))
+        rows.append((f"most similar to {heading}: right for {len(right)} of all {len(everyone)} matched patches", mine, [a in right for a in i.tolist()]))
+    cuts = [surface(pair[name][0].numpy(), G, layer) for name, G in (("V", np.eye(4)), ("V'", back))]
+    tall = 4.2 * scan.shape[1] * scan.spacing[1] / (scan.shape[0] * scan.spacing[0])
+    figure = blank(9, 0.4 + (tall + 0.3) * len(rows), f"Patches of {shown.patch} voxels, scan {scan.id}: V (left, axial, z = {layer:.4g}) and V' (right)")
+    for part, (heading, partner, right) in zip(np.atleast_1d(figure.subfigures(len(rows), 1)), rows):
+        part.suptitle(heading, fontsize=9)
+        both = part.subplots(1, 2, gridspec_kw=dict(wspace=0.1))
         for axes, cut in zip(both, cuts):
-            axes.imshow(cut, cmap="gray", origin="lower", aspect="auto", interpolation="bilinear", vmin=np.percentile(cut, 1), vmax=np.percentile(cut, 99.5))
+            axes.imshow(cut, cmap="gray", origin="lower", interpolation="bilinear", vmin=np.percentile(cut, 1), vmax=np.percentile(cut, 99.5))
             axes.set(xlim=(-0.5, scan.shape[0] - 0.5), ylim=(-0.5, scan.shape[1] - 0.5), xticks=[], yticks=[])
-            _letters(axes, "RLPA")
-        _lines(figure, both, centres[i], centres[partner], centres[j], right, H, patch, scan)
-    figure.text(0.5, 1 - 0.08 / figure.get_figheight(), f"Matched patches of {patch} voxels, {scan.id}: V, axial, z = {layer:g} (left), and V' (right)", ha="center", va="top", fontsize=11)
+            axes.set_aspect(scan.spacing[1] / scan.spacing[0])
+            _letters(axes, PLANES[0][4])
+        draw_lines(part, both, shown, centres[i], centres[partner], centres[j], right)
     figure.savefig(out / "correspondence.png", dpi=150)
-    write_json(out / "correspondence.json", shown.about() | dict(H=H, layer=layer, i=i, true=j, encoders=numbers))
+    shown.write(out / "correspondence.json", H=pair["H"], i=i, true=j, encoders=numbers)
     return [out / "correspondence.png"]
 
 
-def _far_apart(points, n):
-    """Indices of n points (t, 3), each the one farthest from those before it, from left to right."""
+def far_apart(points, n):
+    """Indices of n points (t, 3), each the farthest from those before it, sorted from one side to the other."""
     chosen = [int(points[:, 0].argmin())]
     away = np.linalg.norm(points - points[chosen[0]], axis=1)
     while len(chosen) < min(n, len(points)):
         chosen.append(int(away.argmax()))
         away = np.minimum(away, np.linalg.norm(points - points[chosen[-1]], axis=1))
-    return np.array(sorted(chosen, key=lambda k: tuple(points[k])))
+    return sorted(chosen, key=lambda k: tuple(points[k]))
 
 
-def _sheet_of(volume, G, z):
-    """Picture (y, x), the patient's right on the left, of `volume` where G (4, 4) sends its points into the plane `z`."""
+def surface(volume, G, z):
+    """Picture (up, across), the patient's right on the left, of `volume` (x, y, z) where G (4, 4) sends its points into the plane `z`."""
     x, y = np.meshgrid(*map(np.arange, volume.shape[:2]), indexing="ij")
     height = (z - G[2, 3] - G[2, 0] * x - G[2, 1] * y) / G[2, 2]
     return rearrange(ndimage.map_coordinates(volume, [x, y, height], order=1, cval=float(volume.min())), "x y -> y x")[:, ::-1]
 
 
-def _lines(figure, both, start, end, true, right, H, patch, scan):
-    """Numbered patches in V and V', lines between their centres; in V' the outline to which H moves the patch of V. Wrong ones dashed, with
-    their distance from the true partner."""
+def draw_lines(figure, both, shown, start, end, true, right):
+    """Numbered patches in V and V' with lines between; right None: the true ones, with the outline to which H moves the patch; else those
+    that are not right are dashed, with their distance from the true partner."""
     from matplotlib.patches import ConnectionPatch, Polygon, Rectangle
     from matplotlib.patheffects import withStroke
-    mirror, dark = lambda x: scan.shape[0] - 1 - x, [withStroke(linewidth=2.2, foreground="black")]
-    corners = np.array([(-1, -1, 0), (1, -1, 0), (1, 1, 0), (-1, 1, 0)]) * patch / 2
+    scan, p, H, dark = shown.scan, shown.patch, shown.pair["H"], [withStroke(linewidth=2.2, foreground="black")]
+    corners = np.array([(-1, -1, 0), (1, -1, 0), (1, 1, 0), (-1, 1, 0)]) * p / 2
     for n, (a, b, t) in enumerate(zip(start, end, true)):
         fine = right is None or right[n]
         colour = _colour(n + 1) if right is None else "#56B4E9" if fine else "#E69F00"
-        moved = (a + corners) @ H[:3, :3].T + H[:3, 3]
-        for axes, c in zip(both, (a, b)):
-            axes.add_patch(Rectangle((mirror(c[0]) - patch / 2, c[1] - patch / 2), patch, patch, fill=False, edgecolor=colour, linewidth=1.3))
-            axes.text(mirror(c[0]), c[1] + patch * 0.6, n + 1, color=colour, fontsize=8, ha="center", va="bottom", weight="bold", path_effects=dark, clip_on=True)
+        (u, v), (u_, v_) = ((scan.shape[0] - 1 - c[0], c[1]) for c in (a, b))
+        for axes, x, y in zip(both, (u, u_), (v, v_)):
+            axes.add_patch(Rectangle((x - p / 2, y - p / 2), p, p, fill=False, edgecolor=colour, linewidth=1.4))
+            axes.text(x, y + 0.6 * p, n + 1, color=colour, fontsize=8, ha="center", weight="bold", path_effects=dark, clip_on=True)
         if right is None:
-            both[1].add_patch(Polygon(np.stack([mirror(moved[:, 0]), moved[:, 1]], 1), fill=False, edgecolor="white", linewidth=0.8, linestyle=":"))
-        figure.add_artist(ConnectionPatch((mirror(a[0]), a[1]), (mirror(b[0]), b[1]), "data", "data", axesA=both[0], axesB=both[1],
-                                          color=colour, linewidth=1.1, linestyle="-" if fine else "--"))
+            moved = (a + corners) @ H[:3, :3].T + H[:3, 3]
+            both[1].add_patch(Polygon(np.stack([scan.shape[0] - 1 - moved[:, 0], moved[:, 1]], 1), fill=False, edgecolor="white", linewidth=1, linestyle=":"))
+        figure.add_artist(ConnectionPatch((u, v), (u_, v_), "data", "data", axesA=both[0], axesB=both[1], color=colour, linewidth=1.1,
+                                          linestyle="-" if fine else "--"))
         if not fine:
-            both[1].text(mirror(b[0]), b[1], f"{np.linalg.norm((b - t) * scan.spacing):.0f} mm", color=colour, fontsize=7, ha="center", va="center",
+            both[1].text(u_, v_ - 0.6 * p, f"{np.linalg.norm((b - t) * scan.spacing):.0f} mm", color=colour, fontsize=7, ha="center", va="top",
                          path_effects=dark, clip_on=True)
 
 
 def draw_curves(shown, out):
-    """Losses, matching accuracy, feature spread and learning rate of a pre-training's log.jsonl; loss and validation of a fine-tuning's."""
-    from matplotlib.figure import Figure
+    """Losses, matching accuracy, feature spread, learning rate from the log.jsonl of a pre-training; loss and validation of a fine-tuning."""
     path = Path(shown.cfg.runs) / shown.cfg.name / "log.jsonl"
     if not path.exists():
         raise NoFigure(f"{path}: no such log")
-    lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    steps = [line for line in lines if "step" in line]
-    curves = {key: [[line["step"] for line in steps if key in line], [line[key] for line in steps if key in line]]
-              for key in ("loss", "global", "p2p", "p2s", "accuracy", "spread", "val", "lr", "grad_norm") if any(key in line for line in steps)}
-    if not curves:
+    lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]     # the last may be half written
+    curves = {key: [[line[k] for line in lines if "step" in line and key in line] for k in ("step", key)]
+              for key in ("loss", "global", "p2p", "p2s", "accuracy", "spread", "val", "lr", "grad_norm") if any(key in line for line in lines)}
+    if "loss" not in curves:
         raise NoFigure(f"{path} holds no logged step")
-    metric = next((line["metric"] for line in steps if "metric" in line), "")
-    panels = [("loss", {"loss": "sum", "global": "L_g", "p2p": "L_p2p", "p2s": "L_p2s"} if "p2p" in curves else {"loss": "training loss"}),
-              ("share of matched tokens", {"accuracy": "matching accuracy"}), ("0 collapsed, 1 apart", {"spread": "feature spread"}),
-              (metric, {"val": f"validation, {metric}"}), ("learning rate", {"lr": "learning rate"}), ("gradient norm", {"grad_norm": "gradient norm"})]
-    panels = [(unit, keys) for unit, keys in panels if set(keys) & set(curves)]
-    panels = panels[:4]
-    figure = Figure((9, 6), facecolor="white", layout="constrained")
-    figure.suptitle(f"{shown.cfg.name}, {steps[-1]['step']} steps", fontsize=11)
-    for axes, (unit, keys) in zip(figure.subplots(2, 2).flat, panels):
+    metric = next((line["metric"] for line in lines if "metric" in line), "")
+    panels = [("loss", "loss", {"loss": "sum", "global": "L_g", "p2p": "L_p2p", "p2s": "L_p2s"} if "p2p" in curves else {"loss": "training"}),
+              ("matching accuracy", "share of matched tokens", {"accuracy": ""}), ("feature spread", "0 collapsed, 1 apart", {"spread": ""}),
+              ("validation", metric, {"val": ""}), ("learning rate", "learning rate", {"lr": ""}), ("gradient norm", "gradient norm", {"grad_norm": ""})]
+    figure = blank(9, 6, f"{shown.cfg.name}, {max(curves['loss'][0])} steps")
+    for axes, (title, unit, keys) in zip(figure.subplots(2, 2).flat, [panel for panel in panels if set(panel[2]) <= set(curves)]):
         for (key, text), colour, dash in zip(keys.items(), ("black", "#E69F00", "#0072B2", "#D55E00"), ("-", "--", "-", "-.")):
-            axes.plot(*curves[key], color=colour, linestyle=dash, linewidth=1.6, label=text, marker="." if len(curves[key][0]) < 40 else None, markersize=4)
-        axes.set_title(", ".join(keys.values()) if len(keys) == 1 else "losses", fontsize=10)
+            axes.plot(*curves[key], color=colour, linestyle=dash, linewidth=1.6, label=text, marker="." if len(curves[key][0]) < 40 else None)
+        axes.set_title(title, fontsize=10)
         axes.set_xlabel("step", fontsize=9)
         axes.set_ylabel(unit, fontsize=9)
         axes.grid(color="0.9")
         axes.tick_params(labelsize=8)
         if len(keys) > 1:
-            axes.legend(fontsize=8, frameon=False)
-        if set(keys) & {"accuracy", "spread", "lr", "loss"}:
-            axes.set_ylim(0, None)
+            axes.legend(fontsize=8, frameon=False, ncols=4, loc="upper center")
+        if title != "validation":
+            axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
     figure.savefig(out / "curves.png", dpi=150)
     write_json(out / "curves.json", dict(log=str(path), metric=metric, curves=curves))
     return [out / "curves.png"]
@@ -1982,6 +1959,8 @@ def figures(cfg, device):
     unknown = [name for name in asked if name not in (*FIGURES, "all")]
     if unknown:
         raise SystemExit(f"figures: no {unknown[0]!r}; there are: all, {', '.join(FIGURES)}")
+    if cfg.token_patch not in (2, 4, 8, 16, 32):
+        raise SystemExit(f"token_patch = {cfg.token_patch}, expected 2, 4, 8, 16 or 32")
     out = Path(cfg.out or Path(cfg.runs) / cfg.name) / "figures"
     out.mkdir(parents=True, exist_ok=True)
     shown = Shown(cfg, device)

@@ -26,8 +26,7 @@ SIZES = {"B": 48, "L": 96, "H": 192}     # feature_size by name; B is the paper'
 MERGING = (0, 4, 2, 1, 6, 5, 3, 7)       # MONAI's "merging" since January 2025; its "mergingv2" counts 0..7, as ours does
 LEGACY = (0, 4, 2, 1, 5, 2, 1, 7)        # MONAI's "merging" before: 010 and 001 twice, 110 and 011 never
 
-
-for operation in (rearrange, reduce, repeat):
+for operation in (rearrange, reduce):
     torch.compiler.allow_in_graph(operation)     # else torch.compile spends most of its time on tracing einops' own Python
 
 # ---------------------------------------------------------------------------------------------------------------- layers
@@ -208,7 +207,7 @@ def check_volume(volume, channels):
 
 
 def initialise(module):
-    """Initial weights as in Swin: linear layers normal of 0.02, cut at 2, no bias; so is the position table; norms 1 and 0.
+    """Initial weights as in Swin: linear layers and position tables normal with deviation 0.02, biases 0; norms 1 and 0.
 
     Convolutions keep torch's default, as in MONAI (which keeps it for the linear layers too).
     """
@@ -454,7 +453,7 @@ def read_file(path):
     except FileNotFoundError:
         raise WeightsError(f"{path}: no such file") from None
     except Exception as error:                             # whatever the bytes provoke: the file is at fault
-        found = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise WeightsError(f"{path}: holds a pickled object ({found[1]}), which is never run; save its tensors alone in a file"
                            if found else f"{path}: not a file of torch.save ({type(error).__name__})") from None
     if not isinstance(content, dict):
