@@ -56,7 +56,7 @@ def run(module, checkpointing, *inputs):
 
 
 def attend(qkv, bias, cuts, shut=None, axis=0):
-    """Attention within each window: q, k, v as (3, b, nx, ny, nz, h, n, d) and bias (h, n, n) -> (b, nx, ny, nz, h, n, d).
+    """Attention within each window: q, k, v as (3, b, nx, ny, nz, h, n, d) and bias (1, h, n, n) -> (b, nx, ny, nz, h, n, d).
 
     cuts: for x, y, z None, or (n, n) bool: the pairs that are neighbours only because the volume was rolled along that axis.
     They meet in the last window of the axis alone. So there are at most eight kinds of window, each with one bias for all its
@@ -107,7 +107,7 @@ class Block(nn.Module):
         grid = dict(wx=wx, wy=wy, wz=wz, nx=x.shape[1] // wx, ny=x.shape[2] // wy, nz=x.shape[3] // wz)
         qkv = rearrange(self.qkv(x), "b (nx wx) (ny wy) (nz wz) (s h d) -> s b nx ny nz h (wx wy wz) d",
                         s=3, h=self.heads, **grid)
-        bias = rearrange(self.table[self.offsets[: wx * wy * wz, : wx * wy * wz]], "n m h -> h n m")
+        bias = rearrange(self.table[self.offsets[: wx * wy * wz, : wx * wy * wz]], "n m h -> 1 h n m")
         cuts = [None, None, None]
         if any(shift):
             apart = rearrange(self.cuts[:, :wx, :wy, :wz, :wx, :wy, :wz], "a x y z i j k -> a (x y z) (i j k)")

@@ -19,7 +19,7 @@ def monai_net(v2, channels=1, classes=3, downsample="merging", depths=(2, 2, 2, 
     """MONAI's SwinUNETR of feature size 12, float64, with weights large enough that no bias or norm weight goes unseen."""
     nets = pytest.importorskip("monai.networks.nets.swin_unetr")
 
-    class LegacyMerging(nn.Module):                        # MONAI's "merging" until January 2025, from the offsets it was known for
+    class LegacyMerging(nn.Module):                        # MONAI's "merging" until January 2025, by its neighbours' offsets
         def __init__(self, dim, norm_layer, spatial_dims):
             super().__init__()
             self.norm, self.reduction = norm_layer(8 * dim), nn.Linear(8 * dim, 2 * dim, bias=False)
@@ -178,7 +178,8 @@ def test_unfit_volumes_and_arguments_are_refused_in_one_line():
     encoder, net = Swin3D(2, **SMALL), SwinUNETR(2, 3, **SMALL)
     for forward in (encoder, net, Classifier(2, 3, **SMALL)):
         for shape in ((2, 32, 32, 32), (1, 1, 64, 64, 64), (1, 2, 0, 64, 64)):
-            with pytest.raises(ValueError, match=re.escape(f"volume: expected (b, 2, x, y, z) with no empty axis, found {shape}")):
+            text = re.escape(f"volume: expected (b, 2, x, y, z) with no empty axis, found {shape}")
+            with pytest.raises(ValueError, match=text):
                 forward(torch.zeros(shape))
     with pytest.raises(ValueError, match="longer than 32 voxels, found 32 20 32"):
         net(torch.zeros(1, 2, 32, 20, 32))
@@ -366,8 +367,9 @@ PUBLIC = {
         k.replace("swinViT", "swin_vit"): v for k, v in s.items()})}, 159, 0),
     "S2DC model_stepN.pt": (True, lambda s: {"global_step": 5, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]},
                                              "state_dict": prefixed("module.", {
-        **prefixed("student.", part(s, "swinViT.") | {"proj_head_geo.layer1.0.weight": torch.ones(2),
-                                                      "encoder_cof.layer.conv1.conv.weight": s["encoder10.layer.conv1.conv.weight"]}),
+        **prefixed("student.", part(s, "swinViT.") | {
+            "proj_head_geo.layer1.0.weight": torch.ones(2),
+            "encoder_cof.layer.conv1.conv.weight": s["encoder10.layer.conv1.conv.weight"]}),
         **prefixed("teacher.", part(s, "swinViT.")), "queue_cl": torch.ones(3), "queue_ptr": torch.zeros(1).long()})}, 134, 138),
     "S2DC final_model.pth": (True, lambda s: {
         **prefixed("student.", part(s, "swinViT.") | {"proj_head_cl.layer1.0.weight": torch.ones(2)}),
@@ -494,7 +496,8 @@ def test_public_files_of_another_network_are_refused(monai_states, tmp_path):
     refused(v2, "feature_size is 12 in the file, 24 in the model", feature_size=24)
     refused(v2, r"depths is \(2, 2, 2, 2\)", depths=(1, 2, 2, 2))
     lone = "encoder1.layer.conv1.conv.weight"
-    refused({k: v for k, v in v2.items() if k != "swinViT.layers3.0.blocks.1.norm2.bias"}, "lacks 1 .*stages.2.blocks.1.norm2.bias")
+    refused({k: v for k, v in v2.items() if k != "swinViT.layers3.0.blocks.1.norm2.bias"},
+            "lacks 1 .*stages.2.blocks.1.norm2.bias")
     refused({k: v for k, v in v2.items() if not k.startswith("encoder1.") or k == lone}, "lacks 2 tensors of the model: skips.0")
     refused(v2 | {lone: torch.ones(12, 1, 5, 5, 5)}, r"skips.0.conv1.weight is \(12, 1, 5, 5, 5\) in the file")
     refused(v2 | {lone: v2[lone] * float("nan")}, "skips.0.conv1.weight holds numbers that are not finite")
