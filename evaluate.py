@@ -973,7 +973,11 @@ def _table(path, key):
 
 
 def _case_key(case, cfg):
-    return cfg.case_key.format(**case.get("fields", {}) | dict(id=case["id"], subject=case["subject"]))
+    fields = case.get("fields", {}) | dict(id=case["id"], subject=case["subject"])
+    try:
+        return cfg.case_key.format_map(fields)
+    except KeyError as error:
+        raise SystemExit(f"case_key = {cfg.case_key!r}: no {error} in {', '.join(fields)}") from None
 
 
 def _classes(cases, cfg):
@@ -986,7 +990,7 @@ def _classes(cases, cfg):
                 raise SystemExit(f"{case['images'][0]}: {cfg.table} has no row {_case_key(case, cfg)!r}")
             fields = table[_case_key(case, cfg)]
         try:
-            name = cfg.class_from.format(**fields)
+            name = cfg.class_from.format_map(fields)
         except KeyError as error:
             raise SystemExit(f"class_from = {cfg.class_from!r}: no {error} in {', '.join(fields) or 'the pattern'}") from None
         if name not in cfg.classes:
@@ -1262,7 +1266,8 @@ def result_tables(results, cfg):
     for grid, metrics in first.items():
         for metric, parts in metrics.items():
             if metric == "confusion":
-                text.append(f"confusion (rows: truth, columns: prediction; {', '.join(class_names(cfg))}): {parts}")
+                text += [f"confusion of {name} (rows: truth, columns: prediction; {', '.join(class_names(cfg))}): "
+                         f"{result['summary'][grid][metric]}" for name, result in results.items()]
                 continue
             columns = list(parts)
             head = f"{metric}, {grid} {'grid' if grid != 'scans' else ''}".strip()
@@ -1306,17 +1311,17 @@ def restore(path, cfg, device):
         stored = read_file(path)
     except WeightsError as error:
         raise SystemExit(str(error)) from None
-    if report["initial"]:
-        raise SystemExit(f"{path}: holds no fine-tuned {cfg.task} network, {sum(report['initial'].values())} tensors are missing "
-                         f"({', '.join(report['initial'])}); expected the best.pt of finetune.py")
-    lost = [r for r in report["reasons"].values() if "outputs" in r]
-    if lost:
-        raise SystemExit(f"{path}: {lost[0]}; the config declares other classes than it was trained for")
-    then = stored.get("config")                                         # of finetune.py; other files do not say
+    then = stored.get("config") if stored.get("format") == "s2dc/finetune" else None    # other files do not say
     for key in ("task", "in_channels", "labels", "regions", "classes", "residual") if isinstance(then, dict) else ():
         theirs, ours = then.get(key), getattr(cfg, key)
         if theirs != ours or key == "regions" and list(theirs) != list(ours):       # the channels follow the order of regions
             raise SystemExit(f"{path}: trained with {key} = {theirs!r}, the config has {ours!r}")
+    lost = [r for r in report["reasons"].values() if "outputs" in r]
+    if lost:
+        raise SystemExit(f"{path}: {lost[0].split(' ', 1)[1]}; the config declares other classes than it was trained for")
+    if report["initial"]:
+        raise SystemExit(f"{path}: holds no fine-tuned {cfg.task} network, {sum(report['initial'].values())} tensors are missing "
+                         f"({', '.join(report['initial'])}); expected the best.pt of finetune.py")
     for line in preprocessing_differences(stored.get("preprocessing"), cfg):
         print(f"{path}: {line} here")
     return network.to(device).eval()
@@ -1334,6 +1339,17 @@ def check_channels(scans, cfg):
         if scan.record["channels"] != cfg.in_channels:
             raise SystemExit(f"{scan.case['images'][0]}: the scan has {scan.record['channels']} channels, in_channels = {cfg.in_channels}")
     return scans
+
+
+def check_unseen(files, scans, cfg):
+    """Refuse to report a network on subjects that trained it, as another fold, share or list of the same data would do."""
+    for file in files if cfg.part != "train" else ():
+        stored = read_file(file)
+        if stored.get("format") == "s2dc/finetune" and stored["config"]["dataset"] == cfg.dataset:
+            both = sorted({scan.subject for scan in scans} & set(stored.get("subjects", ())))
+            if both:
+                raise SystemExit(f"{file}: {len(both)} {cfg.part} subjects trained it: {', '.join(both[:4])}; give the split of its training "
+                                 "(val, test, fold, ..), or --part=train")
 
 
 def versions():
@@ -1478,6 +1494,9 @@ def probe(cfg, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # 11. figures: what an encoder learned, as pictures with the numbers behind them
 
+STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8,
+         "legend.frameon": False, "figure.titlesize": 11, "figure.facecolor": "white", "savefig.dpi": 150}
+
 
 class NoFigure(Exception):
     """Why a picture cannot be made of the scans, checkpoints or log at hand; one line."""
@@ -1489,8 +1508,9 @@ class Shown:
     def __init__(self, cfg, device):
         self.cfg, self.device, self.source, self.patch = cfg, device, probe_source(cfg), cfg.token_patch
         files = list(data._tuple(cfg.checkpoint)) or [str(Path(cfg.runs) / cfg.name / "encoder.pt")]
-        short = ["random weights" if f == "random" else "/".join(Path(f).with_suffix("").parts[-2:]).removesuffix("/encoder") for f in files]
-        self.heads = dict(zip(files, short if len(set(short)) == len(set(files)) else files))
+        short = ["/".join(Path(f).with_suffix("").parts[-2:]).removesuffix("/encoder") for f in files]
+        short = ["random weights" if f == "random" else s for f, s in zip(files, short)]
+        self.heads = dict(zip(files, short if len(set(short)) == len(set(files)) else files))    # {file: heading}
         self.encoders, self.encoded = {}, {}
 
     @functools.cached_property
@@ -1515,17 +1535,8 @@ class Shown:
     def centres(self):
         return data.patch_centres(self.grid, self.patch).numpy()
 
-    @functools.cached_property
-    def names(self):
-        """{organ id: name} of the config, or of the datalist."""
-        listed = {}
-        if self.source.datalist:
-            listed = json.loads((data.root(self.source) / self.source.datalist).read_text()).get("labels", {})
-        listed = {int(k): str(v).replace("_", " ") for k, v in listed.items() if k.isdigit()} if isinstance(listed, dict) else {}
-        return collections.defaultdict(str, self.cfg.labels or listed)
-
     def name(self, organ):
-        return self.names[organ] or f"organ {organ}"
+        return self.cfg.labels.get(organ, f"organ {organ}")
 
     @functools.cached_property
     def organs(self):
@@ -1537,10 +1548,9 @@ class Shown:
 
     @functools.cached_property
     def queries(self):
-        """[(name, organ id or None, point (3,) in voxels)]: the point asked for; or of every organ the purest patch, of equals the one
-        nearest to the organ's middle; or, without labels, the middle of the scan."""
-        cfg, scan = self.cfg, self.scan
-        given = cfg.query or cfg.query_mm
+        """[(name, organ id or None, point (3,) in voxels)]: the point asked for; or of every organ the purest patch, of equals
+        the one nearest to the organ's middle; or, without labels, the middle of the scan."""
+        cfg, scan, given = self.cfg, self.scan, self.cfg.query or self.cfg.query_mm
         if (cfg.query and cfg.query_mm) or (given and (len(given) != 3 or not configs._numbers(given))):
             raise SystemExit(f"query = {cfg.query}, query_mm = {cfg.query_mm}: expected three numbers, in one of them")
         if given:
@@ -1549,11 +1559,10 @@ class Shown:
             print(f"{scan.id}: no label and no query, so the point shown is the middle of the scan")
             return [("middle of the scan", None, (np.array(self.grid) // 2 + 0.5) * self.patch - 0.5)]
         ids, purity = self.organs
-        asked = [int(k) for k in cfg.figure_organs] or sorted(set(ids.tolist()) - {0})
-        lost = [k for k in asked if k not in ids]
-        if lost or not asked:
-            raise SystemExit(f"{scan.id}: no patch of {self.patch} voxels shows {f'organ {lost[0]}' if lost else 'an organ'} (probe_share "
-                             f"{cfg.probe_share:g}); name others, or give a query")
+        asked = list(cfg.figure_organs) or sorted(set(ids.tolist()) - {0})
+        lost = [f"organ {k}" for k in asked if k not in ids] or ["an organ"] * (not asked)
+        if lost:
+            raise SystemExit(f"{scan.id}: no patch of {self.patch} voxels shows {lost[0]} (probe_share {cfg.probe_share:g}); give a query")
         points = []
         for k in asked:
             away = np.linalg.norm(self.centres - self.centres[ids == k].mean(0), axis=1)
@@ -1565,8 +1574,8 @@ class Shown:
         """Token (i, j, k) whose patch holds a point."""
         cell = np.floor((np.asarray(point) + 0.5) / self.patch).astype(int)
         if (cell < 0).any() or (cell >= self.grid).any():
-            raise SystemExit(f"query: voxel {np.round(point, 1).tolist()} lies in no patch of {self.scan.id}, they span voxels 0 to "
-                             f"{[n * self.patch - 1 for n in self.grid]}")
+            raise SystemExit(f"query: voxel {np.round(point, 1).tolist()} lies in no patch of {self.scan.id}, "
+                             f"they span voxels 0 to {[n * self.patch - 1 for n in self.grid]}")
         return tuple(cell.tolist())
 
     def encoder(self, file):
@@ -1593,7 +1602,7 @@ class Shown:
     @functools.cached_property
     def pair(self):
         """V, the whole scan, and V', moved and jittered within the config's ranges, (c, x, y, z); H (4, 4); true matches of Eq. 2-3
-        inside the scan, (m, 2) rows (i, j); valid_ (t,), the tokens of V' that show the scan; tissue (t,), those of V above its mean."""
+        inside the scan, (m, 2) rows (i, j); valid_ (t,): tokens of V' that show the scan; tissue (t,): tokens of V above its mean."""
         whole = dataclasses.replace(self.cfg, slab=self.scan.shape, crop=self.scan.shape)
         batch = data.collate([data.Slabs([self.scan], whole, 1, whole.seed).sample(self.scan, np.random.default_rng(whole.seed))])
         V, V_, _ = data.views(batch, whole)
@@ -1604,8 +1613,8 @@ class Shown:
                 "matches": torch.stack([i, j], 1)[valid[0, i] & valid_[0, j]].numpy()}
 
     def write(self, path, **numbers):
-        scan = self.scan
-        write_json(path, dict(scan=scan.id, shape=scan.shape, spacing=scan.spacing, affine=scan.affine, patch=self.patch, grid=self.grid) | numbers)
+        keys = ("id", "shape", "spacing", "affine")
+        write_json(path, {key: getattr(self.scan, key) for key in keys} | dict(patch=self.patch, grid=self.grid) | numbers)
 
 
 def cosine_map(tokens, cell):
@@ -1624,10 +1633,10 @@ def components(tokens, n=3):
     return (x @ vectors).reshape(*tokens.shape[1:], n), values[:n] / values.sum()
 
 
-def blank(width, height, title):
+def blank(width, height, title, layout="constrained"):
     from matplotlib.figure import Figure
-    figure = Figure((width, height), facecolor="white", layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure = Figure((width, height), layout=layout)
+    figure.suptitle(title, y=None if layout else 1 - 0.08 / height)
     return figure
 
 
@@ -1635,10 +1644,10 @@ def draw_plane(axes, shown, plane, point, volume, look, organ=None, mark=True):
     """One slice in the frame of the scan's voxels, whether `volume` holds voxels or tokens; R, or the front, on the left."""
     from matplotlib.patches import Rectangle
     _, cut, across, up, letters = plane
-    shape, step = shown.scan.shape, 1 if volume.shape == shown.scan.shape else shown.patch
+    shape, p, step = shown.scan.shape, shown.patch, 1 if volume.shape == shown.scan.shape else shown.patch
     channels = rearrange(volume, "i j k c -> c i j k") if volume.ndim == 4 else volume[None]
     picture = np.stack(_cut(plane, np.floor((np.asarray(point) + 0.5) / step).astype(int), *channels), -1)
-    end = shape[across] - 0.5                                              # tokens end where no whole patch fits: grey
+    end = shape[across] - 0.5                                              # grey where no whole patch fits
     drawn = axes.imshow(picture.squeeze(-1) if volume.ndim == 3 else picture, origin="lower", interpolation="nearest", **look,
                         extent=(end - picture.shape[1] * step, end, -0.5, picture.shape[0] * step - 0.5))
     axes.set(xlim=(-0.5, end), ylim=(-0.5, shape[up] - 0.5), xticks=[], yticks=[], facecolor="0.6")
@@ -1648,9 +1657,9 @@ def draw_plane(axes, shown, plane, point, volume, look, organ=None, mark=True):
         if mask.any():
             axes.contour(mask, [0.5], colors=["white"], linewidths=0.9)
     if mark:
-        x, y = (np.array(shown.cell(point)) * shown.patch - 0.5)[[across, up]]
+        x, y = (np.array(shown.cell(point)) * p - 0.5)[[across, up]]
         for colour, line in (("black", 2.6), ("#56B4E9", 1.3)):
-            axes.add_patch(Rectangle((shape[across] - 1 - x - shown.patch, y), shown.patch, shown.patch, fill=False, edgecolor=colour, linewidth=line))
+            axes.add_patch(Rectangle((shape[across] - 1 - x - p, y), p, p, fill=False, edgecolor=colour, linewidth=line))
     _letters(axes, letters)
     return drawn
 
@@ -1658,33 +1667,41 @@ def draw_plane(axes, shown, plane, point, volume, look, organ=None, mark=True):
 def plane_sheet(path, shown, point, columns, title, organ=None, mark=True):
     """One PNG: a row per plane through `point` (3,) voxels; the scan, then a column per volume, all at one scale in mm.
 
-    columns  (heading, volume, look, unit): tokens (i, j, k) with look = dict(cmap, vmin, vmax), or colours (i, j, k, 3) in [0, 1], {}
+    columns  (heading, volume, look, unit): tokens (i, j, k) and dict(cmap, vmin, vmax), or colours (i, j, k, 3) in [0, 1] and {}
     organ    id that is outlined where the label has it;   mark: a square on the patch that holds the point
     """
-    low, high = (0, 1) if shown.cfg.intensity == "zscore" else shown.cfg.window
-    image = shown.scan.open()[0].astype(np.float32) * (high - low) + low
-    grey = np.percentile(np.concatenate([_cut(plane, point.astype(int), image)[0].ravel() for plane in PLANES]), [1, 99.5])
-    unit = "z-score" if shown.cfg.intensity == "zscore" else "value (CT: HU)"
-    columns = [("scan", image, dict(cmap="gray", vmin=grey[0], vmax=grey[1]), unit), *columns]
-    mm = np.array(shown.scan.shape) * shown.scan.spacing
-    heights, width = [mm[plane[3]] for plane in PLANES], max(9.0, 1.75 * len(columns))
-    scale = min((width - 0.5) / len(columns) / max(mm[plane[2]] for plane in PLANES), 9.5 / sum(heights))      # inches per mm
-    figure = blank(width, sum(heights) * scale + 1.6, title)
-    axes = figure.subplots(3, len(columns), height_ratios=heights)
-    for column, (heading, volume, look, unit) in zip(axes.T, columns):
-        for axis, plane in zip(column, PLANES):
-            drawn = draw_plane(axis, shown, plane, point, volume, look, organ, mark)
-        column[0].set_title(heading, fontsize=9)
+    scan, unit = shown.scan, "z-score" if shown.cfg.intensity == "zscore" else "value (CT: HU)"
+    low, high = (0, 1) if unit == "z-score" else shown.cfg.window
+    image = scan.open()[0].astype(np.float32) * (high - low) + low
+    cuts = [_cut(plane, np.floor(point + 0.5).astype(int), image)[0].ravel() for plane in PLANES]
+    low, high = np.percentile(np.concatenate(cuts), [1, 99.5])
+    columns = [("scan", image, dict(cmap="gray", vmin=low, vmax=high), unit), *columns]
+    mm, n = np.array(scan.shape) * scan.spacing, len(columns)
+    heights, widest, width = [mm[plane[3]] for plane in PLANES], max(mm[plane[2]] for plane in PLANES), max(9.0, 1.75 * n)
+    head, foot, gap = 0.45 + 0.17 * max(heading.count("\n") + 1 for heading, *_ in columns), 0.55, 0.07      # inches
+    scale = min(((width - 0.35) / n - gap) / widest, 9.5 / sum(heights))                                   # inches per mm
+    total, left = head + sum(heights) * scale + 3 * gap + foot, 0.35 + (width - 0.35 - n * (widest * scale + gap)) / 2
+    figure = blank(width, total, title, None)
+    box = lambda x, y, w, h: figure.add_axes((x / width, y / total, w / width, h / total))
+    for heading, volume, look, unit in columns:
+        top, middle = total - head, (left + widest * scale / 2) / width
+        figure.text(middle, (top + 0.05) / total, heading, ha="center", va="bottom")
+        for plane, h in zip(PLANES, heights):
+            w = mm[plane[2]] * scale
+            axes = box(left + (widest * scale - w) / 2, top - h * scale, w, h * scale)
+            drawn = draw_plane(axes, shown, plane, point, volume, look, organ, mark)
+            if heading == "scan":
+                name = f"{plane[0]}, {'xyz'[plane[1]]} = {point[plane[1]]:.4g}"
+                figure.text((left - 0.05) / width, (top - h * scale / 2) / total, name, rotation=90, ha="right", va="center")
+            top -= h * scale + gap
         if look:
-            bar = figure.colorbar(drawn, ax=column, location="bottom", shrink=0.9, aspect=24, pad=0.01)
-            bar.set_label(unit, fontsize=8)
-            bar.ax.tick_params(labelsize=8)
-            bar.ax.locator_params(nbins=4)
+            bar = box(left + 0.1, top - 0.1, widest * scale - 0.2, 0.1)
+            figure.colorbar(drawn, cax=bar, orientation="horizontal").set_label(unit, labelpad=1)
+            bar.locator_params(nbins=4)
         else:
-            column[2].set_xlabel(unit, fontsize=8)
-    for axis, plane in zip(axes[:, 0], PLANES):
-        axis.set_ylabel(f"{plane[0]}, {'xyz'[plane[1]]} = {point[plane[1]]:.4g}", fontsize=9)
-    figure.savefig(path, dpi=150)
+            figure.text(middle, top / total, unit, ha="center", va="top")
+        left += widest * scale + gap
+    figure.savefig(path)
     return path
 
 
@@ -1692,12 +1709,13 @@ def similarity_sheets(shown, out, kind, heads):
     """A sheet per query point: where the scan looks like it to each encoder of {file: heading}, all on one colour scale."""
     made, numbers = [], []
     for name, organ, point in shown.queries:
-        maps, mm = {file: cosine_map(shown.tokens(file), shown.cell(point)) for file in heads}, (shown.scan.affine @ [*point, 1])[:3]
+        maps, mm = {f: cosine_map(shown.tokens(f), shown.cell(point)) for f in heads}, (shown.scan.affine @ [*point, 1])[:3]
         look = dict(cmap="magma", vmin=min(m.min() for m in maps.values()), vmax=1)
         path = out / (f"{kind}_{data._plain_id(name.replace(' ', '_'))}.png" if len(shown.queries) > 1 else f"{kind}.png")
         title = f"Similarity to the marked patch: {name}, scan {shown.scan.id}, R A S = {', '.join(f'{v:.0f}' for v in mm)} mm"
-        made.append(plane_sheet(path, shown, point, [(heads[f], m, look, "cosine similarity") for f, m in maps.items()], title, organ))
-        numbers.append(dict(name=name, organ=organ, voxel=point, mm=mm, token=shown.cell(point), maps={f: np.round(m, 5) for f, m in maps.items()}))
+        columns = [(heads[f], m, look, "cosine similarity") for f, m in maps.items()]
+        made.append(plane_sheet(path, shown, point, columns, title, organ))
+        numbers.append(dict(name=name, organ=organ, voxel=point, mm=mm, token=shown.cell(point), maps={f: m.round(5) for f, m in maps.items()}))
     shown.write(out / f"{kind}.json", queries=numbers)
     return made
 
@@ -1715,8 +1733,7 @@ def draw_evolution(shown, out):
         raise NoFigure(f"{run} holds no encoder-<step>.pt; pre-train with, for instance, --keep=\"(10, 100, 1000)\"")
     if (run / "encoder.pt").exists():
         kept.setdefault(read_file(run / "encoder.pt").get("step"), str(run / "encoder.pt"))
-    heads = {"random": "random weights"} | {kept[step]: f"step {step}" for step in sorted(kept)}
-    return similarity_sheets(shown, out, "evolution", heads)
+    return similarity_sheets(shown, out, "evolution", {"random": "random weights"} | {kept[n]: f"step {n}" for n in sorted(kept)})
 
 
 def draw_distribution(shown, out):
@@ -1725,96 +1742,95 @@ def draw_distribution(shown, out):
     The two have the highest and the lowest ratio, to the last encoder, of all patches that show an organ (without labels: tissue)
     and whose true partner is in V'. A query point takes their place.
     """
-    scan, pair, numbers, usable = shown.scan, shown.pair, [], shown.pair["valid_"]
-    ratio = {f: torch.cat([losses.sharpe_ratio(rows[None], 2, usable[None])[0] for rows in shown.similar(f)]).numpy() for f in shown.heads}
+    scan, pair, usable, numbers = shown.scan, shown.pair, shown.pair["valid_"], []
+    sharpe = lambda rows: losses.sharpe_ratio(rows[None], 2, usable[None])[0]
+    ratio = {f: torch.cat([sharpe(rows) for rows in shown.similar(f)]).numpy() for f in shown.heads}
     if shown.cfg.query or shown.cfg.query_mm:
         chosen = {"query": int(np.ravel_multi_index(shown.cell(shown.queries[0][2]), shown.grid))}
     else:
-        fit = np.flatnonzero(pair["tissue"] if shown.organs is None else shown.organs[0])
-        fit = fit[np.isin(fit, pair["matches"][:, 0])]
+        fit = np.intersect1d(np.flatnonzero(pair["tissue"] if shown.organs is None else shown.organs[0]), pair["matches"][:, 0])
         if not len(fit):
             raise NoFigure("no patch of an organ, or of tissue, has its partner in V' after the config's moves")
         last = ratio[list(shown.heads)[-1]][fit]
         chosen = {"highest ratio": int(fit[last.argmax()]), "lowest ratio": int(fit[last.argmin()])}
-    figure = blank(9, 2.9 + 2.1 * len(ratio), f"Similarity of one patch of V with the {int(usable.sum())} patches of V', scan {scan.id}")
+    figure = blank(9, 2.9 + 2.1 * len(ratio), f"Similarity of one patch of V with the {usable.sum()} patches of V', scan {scan.id}")
     axes = figure.subplots(1 + len(ratio), len(chosen), squeeze=False, height_ratios=[1.4] + [1] * len(ratio))
     image = scan.open()[0].astype(np.float32)
-    low, high = np.percentile(image, [1, 99.5])
+    grey = dict(zip(("vmin", "vmax"), np.percentile(image, [1, 99.5])), cmap="gray")
     for column, (which, t) in zip(axes.T, chosen.items()):
         organ = "" if shown.organs is None or not shown.organs[0][t] else f", {shown.name(shown.organs[0][t])}"
-        draw_plane(column[0], shown, PLANES[0], shown.centres[t], image, dict(cmap="gray", vmin=low, vmax=high))
-        column[0].set_title(f"{which}{organ}, axial, z = {shown.centres[t][2]:.4g}", fontsize=9)
-        partners = pair["matches"][pair["matches"][:, 0] == t][:, 1]
+        draw_plane(column[0], shown, PLANES[0], shown.centres[t], image, grey)
+        column[0].set_title(f"{which}{organ}, axial, z = {shown.centres[t][2]:.4g}")
         for axis, f in zip(column[1:], ratio):
-            row = next(shown.similar(f, [t]))[0]
-            numbers.append(dict(which=which, encoder=f, token=t, sharpe_ratio=ratio[f][t], similarities=np.round(row[usable].numpy(), 5),
+            row, partners = next(shown.similar(f, [t]))[0], pair["matches"][pair["matches"][:, 0] == t][:, 1]
+            numbers.append(dict(which=which, encoder=f, token=t, sharpe_ratio=ratio[f][t], similarities=row[usable].numpy().round(5),
                                 true_partners=row[partners].numpy()))
             draw_histogram(axis, row[usable].numpy(), numbers[-1], shown.heads[f])
-    column[-1].set_xlabel("cosine similarity", fontsize=9)
-    axes[-1, 0].set_xlabel("cosine similarity", fontsize=9)
-    figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    figure.savefig(out / "distribution.png", dpi=150)
+        axis.set_xlabel("cosine similarity")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.savefig(out / "distribution.png")
     look = dict(cmap="viridis", vmin=min(r.min() for r in ratio.values()), vmax=max(r.max() for r in ratio.values()))
-    plane_sheet(out / "distribution_map.png", shown, shown.centres[next(iter(chosen.values()))],
-                [(shown.heads[f], r.reshape(shown.grid), look, "Sharpe ratio, Eq. 6") for f, r in ratio.items()],
+    columns = [(shown.heads[f], r.reshape(shown.grid), look, "Sharpe ratio, Eq. 6") for f, r in ratio.items()]
+    plane_sheet(out / "distribution_map.png", shown, shown.centres[next(iter(chosen.values()))], columns,
                 f"Sharpe ratio of every patch, scan {scan.id}; high: one peak, low: many similar patches")
-    shown.write(out / "distribution.json", H=pair["H"], chosen=numbers, sharpe_ratio={f: np.round(r, 5).reshape(shown.grid) for f, r in ratio.items()})
+    shown.write(out / "distribution.json", H=pair["H"], chosen=numbers,
+                sharpe_ratio={f: r.round(5).reshape(shown.grid) for f, r in ratio.items()})
     return [out / "distribution.png", out / "distribution_map.png"]
 
 
 def draw_histogram(axes, values, number, heading):
     """Counts on a logarithmic axis, so that a peak of one patch is seen beside thousands."""
+    true = number["true_partners"]
     axes.hist(values, np.linspace(-1, 1, 81), color="#0072B2", log=True)
     axes.axvline(values.mean(), color="0.2", linewidth=1.2, linestyle=":", label="mean")
     axes.axvline(values.max(), color="#D55E00", linewidth=1.4, label="largest")
-    axes.plot(number["true_partners"], [0.62] * len(number["true_partners"]), "^", color="#009E73", markersize=8, clip_on=False, label="true partner", zorder=5)
-    axes.set(xlim=(-1, 1), ylim=(0.62, None))
-    axes.set_ylabel("patches", fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.set_title(f"{heading}: ({values.max():.2f} - {values.mean():.2f}) / {values.std():.2f} = {number['sharpe_ratio']:.2f}", fontsize=9)
+    axes.plot(true, [0.62] * len(true), "^", color="#009E73", markersize=8, clip_on=False, label="true partner", zorder=5)
+    axes.set(xlim=(-1, 1), ylim=(0.62, None), ylabel="patches")
+    axes.set_title(f"{heading}: Sharpe ratio ({values.max():.2f} {-values.mean():+.2f}) / {values.std():.2f} = {number['sharpe_ratio']:.2f}")
 
 
 def draw_tsne(shown, out):
     """Fig. 4, 5: t-SNE (perplexity 24, as published) of tokens that show an organ, and every organ's silhouette (Euclidean, as
     published, and cosine), in the labelled scans."""
-    manifold, cfg = _need("sklearn.manifold", "scikit-learn"), shown.cfg
+    manifold, cfg, numbers = _need("sklearn.manifold", "scikit-learn"), shown.cfg, {}
     labelled = [case for case in shown.cases if case["label"]]
     if not labelled:
         raise NoFigure("the scans have no labels; give probe_image and probe_label, or probe_datalist")
-    scans, numbers = data.open_scans(shown.source, labelled), {}
+    scans = data.open_scans(shown.source, labelled)
     for f in shown.heads:
         x, y, n = organ_tokens(shown.encoder(f), scans, cfg, shown.device, 0.5)
         kept, organs = _thin(y, cfg.seed, cfg.figure_tokens), np.unique(y).tolist()
         if len(organs) < 2 or len(kept) <= 24:
-            raise NoFigure(f"{len(kept)} tokens of {len(organs)} organs; two organs and more than 24 tokens are needed (perplexity 24)")
+            raise NoFigure(f"{len(kept)} tokens of {len(organs)} organs; more than 24 of two are needed (perplexity 24)")
         flat = manifold.TSNE(2, perplexity=24, init="pca", random_state=cfg.seed).fit_transform(x[kept])
         scores = {metric: silhouette(x, y, metric, cfg.seed, cfg.probe_limit) for metric in ("euclidean", "cosine")}
-        numbers[f] = dict(points=np.round(flat, 3), organ=y[kept], scan=n[kept], tokens={k: int((y == k).sum()) for k in organs},
+        numbers[f] = dict(points=flat.round(3), organ=y[kept], scan=n[kept], tokens={k: int((y == k).sum()) for k in organs},
                           silhouette={m: dict(mean=mean, organs=each) for m, (mean, each) in scores.items()})
     figure = blank(9, 9, f"Tokens of {shown.patch} voxels that show an organ, {len(scans)} scans; t-SNE, perplexity 24")
     above, below = figure.subfigures(2, 1, height_ratios=[1.2, 1])
-    for axes, f in zip(above.subplots(1, len(numbers), squeeze=False)[0], numbers):
+    for axes, (f, number) in zip(above.subplots(1, len(numbers), squeeze=False)[0], numbers.items()):
         for k in organs:
-            points = numbers[f]["points"][numbers[f]["organ"] == k]
+            points = number["points"][number["organ"] == k]
             axes.scatter(*points.T, s=6, color=_colour(k), linewidths=0, label=f"{k} {shown.name(k)}")
-            densest = cKDTree(points).query(points, min(10, len(points) - 1) + 1)[0].mean(-1).argmin()
-            axes.text(*points[densest], k, fontsize=8, weight="bold", ha="center", va="center", bbox=dict(facecolor="white", alpha=0.75, linewidth=0, pad=0.8))
-        axes.set(xticks=[], yticks=[])
-        axes.set_title(shown.heads[f] + ", mean silhouette\n" + ", ".join(f"{m} {s['mean']:.3f}" for m, s in numbers[f]["silhouette"].items()), fontsize=9)
-    above.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False, markerscale=3)
-    panels = below.subplots(2, 1, sharex=True)
-    for axes, metric in zip(panels, ("euclidean", "cosine")):
-        for k, f in enumerate(numbers):
-            score, width = numbers[f]["silhouette"][metric], 0.8 / len(numbers)
-            axes.bar(np.arange(len(organs) + 1) + (k + 0.5) * width - 0.4, [*score["organs"].values(), score["mean"]], 0.9 * width,
-                     color=("0.6", *COLOURS[4:])[k % 11], label=shown.heads[f])
+        for k in organs:                                                   # the number where the organ's points lie densest
+            points = number["points"][number["organ"] == k]
+            densest = cKDTree(points).query(points, range(1, min(10, len(points)) + 1))[0].mean(1).argmin()
+            axes.text(*points[densest], k, weight="bold", ha="center", va="center",
+                      bbox=dict(facecolor="white", alpha=0.75, linewidth=0, pad=0.8))
+        means = ", ".join(f"{metric} {score['mean']:.3f}" for metric, score in number["silhouette"].items())
+        axes.set(xticks=[], yticks=[], title=f"{shown.heads[f]}, mean silhouette\n{means}")
+    above.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, markerscale=3)
+    for axes, metric in zip(below.subplots(2, 1, sharex=True), ("euclidean", "cosine")):
+        for k, (f, number) in enumerate(numbers.items()):
+            values, width = [*number["silhouette"][metric]["organs"].values(), number["silhouette"][metric]["mean"]], 0.8 / len(numbers)
+            axes.bar(np.arange(len(values)) + (k + 0.5) * width - 0.4, values, 0.9 * width, color=("0.6", *COLOURS[4:])[k % 11], label=shown.heads[f])
         axes.axhline(0, color="black", linewidth=0.8)
         axes.axvline(len(organs) - 0.5, color="0.6", linewidth=0.8)
-        axes.set_ylabel(f"silhouette, {metric}", fontsize=8)
-        axes.tick_params(labelsize=8)
-    axes.set_xticks(range(len(organs) + 1), [*[f"{shown.name(k)} ({v})" for k, v in numbers[f]["tokens"].items()], "all tokens"], rotation=35, ha="right", fontsize=8)
-    below.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8, frameon=False)
-    figure.savefig(out / "tsne.png", dpi=150)
+        axes.set_ylabel(f"silhouette, {metric}")
+    names = [f"{shown.name(k)} ({count})" for k, count in number["tokens"].items()]
+    axes.set_xticks(range(len(organs) + 1), [*names, "all tokens"], rotation=35, ha="right")
+    below.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    figure.savefig(out / "tsne.png")
     write_json(out / "tsne.json", dict(scans=[s.id for s in scans], perplexity=24, names={k: shown.name(k) for k in organs}, encoders=numbers))
     return [out / "tsne.png"]
 
@@ -1825,9 +1841,10 @@ def draw_pca(shown, out):
     for f, heading in shown.heads.items():
         values, share = components(shown.tokens(f))
         low, high = np.percentile(values.reshape(-1, 3), [1, 99], axis=0)
-        columns.append((f"{heading}\nfirst three as RGB", np.clip((values - low) / (high - low), 0, 1), {}, f"{', '.join(f'{s:.0%}' for s in share)}\nof the variance"))
+        unit = f"{', '.join(f'{s:.0%}' for s in share)}\nof the variance"
+        columns.append((f"{heading}\nfirst three as RGB", np.clip((values - low) / (high - low), 0, 1), {}, unit))
         columns.append((f"{heading}\nfirst alone", values[..., 0], dict(cmap="cividis", vmin=low[0], vmax=high[0]), "component 1"))
-        numbers[f] = dict(share_of_variance=share, components=np.round(values, 5))
+        numbers[f] = dict(share_of_variance=share, components=values.round(5))
     middle = (np.array(shown.grid) // 2 + 0.5) * shown.patch - 0.5
     plane_sheet(out / "pca.png", shown, middle, columns, f"Principal components of the tokens, scan {shown.scan.id}", mark=False)
     shown.write(out / "pca.json", encoders=numbers)
@@ -1835,116 +1852,118 @@ def draw_pca(shown, out):
 
 
 def draw_correspondence(shown, out):
-    """V, V' and lines between the centres of matched patches: above the true ones (Eq. 2-3), below the most similar of each encoder.
+    """V, V' and lines between the centres of matched patches: above the true ones (Eq. 2-3), below each encoder's most similar.
 
-    V is cut at the layer of patches with most matches. V' is shown on the surface to which H sends that plane, seen along z: so the
-    same tissue lies under both ends of a true line, and where H, warp and the matches disagree, it does not.
+    V is cut at the layer of patches with most matches. V' is shown on the surface to which H sends that plane, seen along z: so
+    the same tissue lies under both ends of a true line, and where H, warp and the matches disagree, it does not.
     """
-    scan, pair, centres = shown.scan, shown.pair, shown.centres
+    scan, pair, centres, numbers = shown.scan, shown.pair, shown.centres, {}
     everyone, first = np.unique(pair["matches"][:, 0], return_index=True)
     i, j = pair["matches"][first][pair["tissue"][everyone]].T
     back = np.linalg.inv(pair["H"])
     if not len(i) or abs(back[2, 2]) < 0.3:
-        raise NoFigure("the config's moves leave no matched patch of tissue, or put the axial plane on edge; try another seed or a smaller rotation")
+        raise NoFigure("the config's moves leave no match of tissue, or put the axial plane on edge; try another seed, or less rotation")
     layers, counts = np.unique(centres[i, 2], return_counts=True)
     layer = layers[counts.argmax()]
     i, j = i[centres[i, 2] == layer], j[centres[i, 2] == layer]
     spread = far_apart(centres[i], 10)
-    i, j, numbers = i[spread], j[spread], {}
+    i, j = i[spread], j[spread]
     rows = [("true partners (Eq. 2-3); dotted: the patch of V as H moves it", j, None)]
     for f, heading in shown.heads.items():
-        guess = torch.cat([rows_.masked_fill(~pair["valid_"], -2).argmax(1) for rows_ in shown.similar(f, everyone)]).numpy()
-        right = {int(a) for a, b in pair["matches"] if guess[np.searchsorted(everyone, a)] == b}
-        mine = guess[np.searchsorted(everyone, i)]
-        numbers[f] = dict(predicted=mine, right=len(right), matched=len(everyone))
-        rows.append((f"most similar to {heading}: right for {len(right)} of all {len(everyone)} matched patches", mine, [a in right for a in i.tolist()]))
+        nearest = [block.masked_fill(~pair["valid_"], -2).argmax(1) for block in shown.similar(f, everyone)]
+        guess = dict(zip(everyone.tolist(), torch.cat(nearest).tolist()))
+        right = {a for a, b in pair["matches"].tolist() if guess[a] == b}
+        numbers[f] = dict(predicted=[guess[a] for a in i.tolist()], right=len(right), matched=len(everyone))
+        text = f"most similar, {heading}: {len(right)} of all {len(everyone)} matched patches right (solid; dashed: wrong, by so many mm)"
+        rows.append((text, numbers[f]["predicted"], [a in right for a in i.tolist()]))
     cuts = [surface(pair[name][0].numpy(), G, layer) for name, G in (("V", np.eye(4)), ("V'", back))]
     tall = 4.2 * scan.shape[1] * scan.spacing[1] / (scan.shape[0] * scan.spacing[0])
-    figure = blank(9, 0.4 + (tall + 0.3) * len(rows), f"Patches of {shown.patch} voxels, scan {scan.id}: V (left, axial, z = {layer:.4g}) and V' (right)")
-    for part, (heading, partner, right) in zip(np.atleast_1d(figure.subfigures(len(rows), 1)), rows):
+    title = f"Patches of {shown.patch} voxels, scan {scan.id}: V (left, axial, z = {layer:.4g}) and V' (right)"
+    figure = blank(9, 0.4 + (tall + 0.3) * len(rows), title)
+    for part, (heading, partner, right) in zip(figure.subfigures(len(rows), 1), rows):
         part.suptitle(heading, fontsize=9)
         both = part.subplots(1, 2, gridspec_kw=dict(wspace=0.1))
         for axes, cut in zip(both, cuts):
-            axes.imshow(cut, cmap="gray", origin="lower", interpolation="bilinear", vmin=np.percentile(cut, 1), vmax=np.percentile(cut, 99.5))
+            low, high = np.percentile(cut, [1, 99.5])
+            axes.imshow(cut, cmap="gray", origin="lower", interpolation="bilinear", vmin=low, vmax=high)
             axes.set(xlim=(-0.5, scan.shape[0] - 0.5), ylim=(-0.5, scan.shape[1] - 0.5), xticks=[], yticks=[])
             axes.set_aspect(scan.spacing[1] / scan.spacing[0])
             _letters(axes, PLANES[0][4])
         draw_lines(part, both, shown, centres[i], centres[partner], centres[j], right)
-    figure.savefig(out / "correspondence.png", dpi=150)
+    figure.savefig(out / "correspondence.png")
     shown.write(out / "correspondence.json", H=pair["H"], i=i, true=j, encoders=numbers)
     return [out / "correspondence.png"]
 
 
 def far_apart(points, n):
-    """Indices of n points (t, 3), each the farthest from those before it, sorted from one side to the other."""
+    """Indices of n points (t, 3), each the farthest from those before it, sorted from left to right."""
     chosen = [int(points[:, 0].argmin())]
     away = np.linalg.norm(points - points[chosen[0]], axis=1)
     while len(chosen) < min(n, len(points)):
         chosen.append(int(away.argmax()))
         away = np.minimum(away, np.linalg.norm(points - points[chosen[-1]], axis=1))
-    return sorted(chosen, key=lambda k: tuple(points[k]))
+    return sorted(chosen, key=lambda k: tuple(-points[k]))
 
 
 def surface(volume, G, z):
-    """Picture (up, across), the patient's right on the left, of `volume` (x, y, z) where G (4, 4) sends its points into the plane `z`."""
+    """Picture (up, across), the patient's right on the left, of `volume` (x, y, z) where G (4, 4) sends it into the plane `z`."""
     x, y = np.meshgrid(*map(np.arange, volume.shape[:2]), indexing="ij")
     height = (z - G[2, 3] - G[2, 0] * x - G[2, 1] * y) / G[2, 2]
     return rearrange(ndimage.map_coordinates(volume, [x, y, height], order=1, cval=float(volume.min())), "x y -> y x")[:, ::-1]
 
 
 def draw_lines(figure, both, shown, start, end, true, right):
-    """Numbered patches in V and V' with lines between; right None: the true ones, with the outline to which H moves the patch; else those
-    that are not right are dashed, with their distance from the true partner."""
+    """Numbered patches in V and V' with lines between. right None: the true ones, with the outline to which H moves the patch;
+    else those that are not right are dashed, with their distance from the true partner."""
     from matplotlib.patches import ConnectionPatch, Polygon, Rectangle
     from matplotlib.patheffects import withStroke
-    scan, p, H, dark = shown.scan, shown.patch, shown.pair["H"], [withStroke(linewidth=2.2, foreground="black")]
+    p, H, flip, edge = shown.patch, shown.pair["H"], shown.scan.shape[0] - 1, [withStroke(linewidth=2.2, foreground="black")]
     corners = np.array([(-1, -1, 0), (1, -1, 0), (1, 1, 0), (-1, 1, 0)]) * p / 2
     for n, (a, b, t) in enumerate(zip(start, end, true)):
         fine = right is None or right[n]
         colour = _colour(n + 1) if right is None else "#56B4E9" if fine else "#E69F00"
-        (u, v), (u_, v_) = ((scan.shape[0] - 1 - c[0], c[1]) for c in (a, b))
-        for axes, x, y in zip(both, (u, u_), (v, v_)):
+        ends = [(flip - c[0], c[1]) for c in (a, b)]
+        for axes, (x, y) in zip(both, ends):
             axes.add_patch(Rectangle((x - p / 2, y - p / 2), p, p, fill=False, edgecolor=colour, linewidth=1.4))
-            axes.text(x, y + 0.6 * p, n + 1, color=colour, fontsize=8, ha="center", weight="bold", path_effects=dark, clip_on=True)
-        if right is None:
-            moved = (a + corners) @ H[:3, :3].T + H[:3, 3]
-            both[1].add_patch(Polygon(np.stack([scan.shape[0] - 1 - moved[:, 0], moved[:, 1]], 1), fill=False, edgecolor="white", linewidth=1, linestyle=":"))
-        figure.add_artist(ConnectionPatch((u, v), (u_, v_), "data", "data", axesA=both[0], axesB=both[1], color=colour, linewidth=1.1,
+            axes.text(x - 0.4 * p, y + 0.4 * p, n + 1, color=colour, size=8, ha="left", va="top", weight="bold", path_effects=edge)
+        figure.add_artist(ConnectionPatch(*ends, "data", "data", axesA=both[0], axesB=both[1], color=colour, linewidth=1.1,
                                           linestyle="-" if fine else "--"))
+        if right is None:
+            moved = ((a + corners) @ H[:3, :3].T + H[:3, 3])[:, :2] * (-1, 1) + (flip, 0)
+            both[1].add_patch(Polygon(moved, fill=False, edgecolor="white", linewidth=1, linestyle=":"))
         if not fine:
-            both[1].text(u_, v_ - 0.6 * p, f"{np.linalg.norm((b - t) * scan.spacing):.0f} mm", color=colour, fontsize=7, ha="center", va="top",
-                         path_effects=dark, clip_on=True)
+            off = np.linalg.norm((b - t) * shown.scan.spacing)
+            axes.text(x, y - 0.6 * p, f"{off:.0f} mm", color=colour, size=7, ha="center", va="top", path_effects=edge, clip_on=True)
 
 
 def draw_curves(shown, out):
-    """Losses, matching accuracy, feature spread, learning rate from the log.jsonl of a pre-training; loss and validation of a fine-tuning."""
+    """Losses, matching accuracy, feature spread and learning rate of a pre-training's log.jsonl; loss and validation of a fine-tuning's."""
     path = Path(shown.cfg.runs) / shown.cfg.name / "log.jsonl"
     if not path.exists():
         raise NoFigure(f"{path}: no such log")
-    lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]     # the last may be half written
-    curves = {key: [[line[k] for line in lines if "step" in line and key in line] for k in ("step", key)]
-              for key in ("loss", "global", "p2p", "p2s", "accuracy", "spread", "val", "lr", "grad_norm") if any(key in line for line in lines)}
-    if "loss" not in curves:
+    lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]     # the last may be half
+    panels = [("losses", "loss", {"loss": "sum", "global": "L_g", "p2p": "L_p2p", "p2s": "L_p2s"}),
+              ("matching accuracy", "share of matched tokens", {"accuracy": ""}),
+              ("feature spread", "0 collapsed, 1 apart", {"spread": ""}),
+              ("validation", next((line["metric"] for line in lines if "metric" in line), ""), {"val": ""}),
+              ("learning rate", "learning rate", {"lr": ""}), ("gradient norm", "gradient norm", {"grad_norm": ""})]
+    curves = {key: [[line[k] for line in lines if key in line] for k in ("step", key)]
+              for _, _, keys in panels for key in keys if any(key in line for line in lines)}
+    if not curves:
         raise NoFigure(f"{path} holds no logged step")
-    metric = next((line["metric"] for line in lines if "metric" in line), "")
-    panels = [("loss", "loss", {"loss": "sum", "global": "L_g", "p2p": "L_p2p", "p2s": "L_p2s"} if "p2p" in curves else {"loss": "training"}),
-              ("matching accuracy", "share of matched tokens", {"accuracy": ""}), ("feature spread", "0 collapsed, 1 apart", {"spread": ""}),
-              ("validation", metric, {"val": ""}), ("learning rate", "learning rate", {"lr": ""}), ("gradient norm", "gradient norm", {"grad_norm": ""})]
-    figure = blank(9, 6, f"{shown.cfg.name}, {max(curves['loss'][0])} steps")
-    for axes, (title, unit, keys) in zip(figure.subplots(2, 2).flat, [panel for panel in panels if set(panel[2]) <= set(curves)]):
+    figure = blank(9, 6, f"{shown.cfg.name}, {lines[-1]['step']} steps")
+    for axes, (title, unit, keys) in zip(figure.subplots(2, 2).flat, [panel for panel in panels if set(panel[2]) & set(curves)]):
         for (key, text), colour, dash in zip(keys.items(), ("black", "#E69F00", "#0072B2", "#D55E00"), ("-", "--", "-", "-.")):
-            axes.plot(*curves[key], color=colour, linestyle=dash, linewidth=1.6, label=text, marker="." if len(curves[key][0]) < 40 else None)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("step", fontsize=9)
-        axes.set_ylabel(unit, fontsize=9)
+            if key in curves:
+                axes.plot(*curves[key], "." if len(curves[key][0]) < 40 else "", color=colour, linestyle=dash, linewidth=1.6, label=text)
+        axes.set(title=title, xlabel="step", ylabel=unit)
         axes.grid(color="0.9")
-        axes.tick_params(labelsize=8)
-        if len(keys) > 1:
-            axes.legend(fontsize=8, frameon=False, ncols=4, loc="upper center")
+        if "p2p" in keys and "p2p" in curves:
+            axes.legend(ncols=4, loc="upper center")
         if title != "validation":
             axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
-    figure.savefig(out / "curves.png", dpi=150)
-    write_json(out / "curves.json", dict(log=str(path), metric=metric, curves=curves))
+    figure.savefig(out / "curves.png")
+    write_json(out / "curves.json", dict(log=str(path), curves=curves))
     return [out / "curves.png"]
 
 
@@ -1953,24 +1972,23 @@ FIGURES = {"similarity": draw_similarity, "distribution": draw_distribution, "ts
 
 
 def figures(cfg, device):
-    """The pictures that cfg.figures names, below <out>/figures. One that cannot be made is left out of "all", and an error by name."""
-    _need("matplotlib", "matplotlib")
+    """The pictures that cfg.figures names, below <out>/figures. What cannot be made is left out of "all", and an error by name."""
     asked = [name.strip() for name in (cfg.figures.split(",") if isinstance(cfg.figures, str) else cfg.figures)]
     unknown = [name for name in asked if name not in (*FIGURES, "all")]
     if unknown:
         raise SystemExit(f"figures: no {unknown[0]!r}; there are: all, {', '.join(FIGURES)}")
     if cfg.token_patch not in (2, 4, 8, 16, 32):
         raise SystemExit(f"token_patch = {cfg.token_patch}, expected 2, 4, 8, 16 or 32")
-    out = Path(cfg.out or Path(cfg.runs) / cfg.name) / "figures"
+    shown, out = Shown(cfg, device), Path(cfg.out or Path(cfg.runs) / cfg.name) / "figures"
     out.mkdir(parents=True, exist_ok=True)
-    shown = Shown(cfg, device)
-    for name in FIGURES if "all" in asked else asked:
-        try:
-            print(f"{name}: {', '.join(map(str, FIGURES[name](shown, out)))}")
-        except NoFigure as reason:
-            if "all" not in asked:
-                raise SystemExit(f"{name}: {reason}") from None
-            print(f"{name}: left out, {reason}")
+    with _need("matplotlib", "matplotlib").rc_context(STYLE):
+        for name in FIGURES if "all" in asked else asked:
+            try:
+                print(f"{name}: {', '.join(map(str, FIGURES[name](shown, out)))}")
+            except NoFigure as reason:
+                if "all" not in asked:
+                    raise SystemExit(f"{name}: {reason}") from None
+                print(f"{name}: left out, {reason}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2129,6 +2147,7 @@ def main(argv):
             print(f"{scan.id}: {out}")
         return
     scans = check_channels(data.open_scans(cfg, split_cases(cfg)[cfg.part]), cfg)
+    check_unseen(files, scans, cfg)
     teams = {"ensemble of " + ", ".join(files): list(networks.values())} if cfg.ensemble else {f: [n] for f, n in networks.items()}
     results = {}
     for k, (name, team) in enumerate(teams.items()):

@@ -209,6 +209,7 @@ def main(argv):
     loader = torch.utils.data.DataLoader(crops, batch_sampler=list(places(cfg, rank, ranks, first)), num_workers=cfg.workers,
                                          collate_fn=data.collate, pin_memory=cuda)
     batches = iter(loader)
+    taught = {"subjects": sorted({case["subject"] for case in parts["train"]})}     # so that nobody is scored on them by mistake
     where = evaluate.versions() | dict(started=datetime.datetime.now().isoformat(timespec="seconds"))
     say(f"{ranks} x {where['device']}, {'bfloat16' if bf16 else 'float32'}, {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M "
         f"parameters, {len(train)} scans train, {len(val)} choose; batch {cfg.batch} crops of {cfg.crop}; steps {first} to {cfg.steps}")
@@ -267,10 +268,11 @@ def main(argv):
             if rank == 0:
                 write_log(run, {"step": done, "val": score, "metric": name})
                 if better:
-                    save(run / "best.pt", checkpoint(network, cfg, done, score, resolved, where))
+                    save(run / "best.pt", checkpoint(network, cfg, done, score, resolved, where) | taught)
             tick = time.time()
         if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
-            save(run / "last.pt", checkpoint(network, cfg, done, best, resolved, where) | {"optimizer": optimizer.state_dict(), "best": best})
+            save(run / "last.pt", checkpoint(network, cfg, done, best, resolved, where) | taught
+                 | {"optimizer": optimizer.state_dict(), "best": best})
     say(f"{cfg.steps} steps in {data.clock(time.time() - began)}; best val {' '.join(task.best[1:])} {best:.4f}: {run}/best.pt")
     if ranks > 1:
         dist.destroy_process_group()
