@@ -1,0 +1,629 @@
+"""pretrain.py: the script itself, tiny, on phantoms, as one process and as two; one step against the same written out in loops.
+
+Networks without the residual convolutions (v2=False) wherever runs are compared over many steps: in a network of four channels
+one voxel on the kink of a leaky ReLU can turn a rounding of 1e-7 into 4 % of the gradient, and Adam carries that on.
+"""
+import collections
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import configs
+import data
+import losses
+import phantom
+import pretrain
+from model import Swin3D, load_weights
+
+HERE = Path(pretrain.__file__).parent
+TINY = dict(slab=(64, 64, 64), crop=(64, 64, 64), token_patch=8, feature_size=4, num_heads=(1, 1, 1, 1), depths=(1, 1, 1, 1),
+            window_size=4, hidden=16, embedding=8, queue=7, batch=2, lr=1e-3, momentum=0.99, warmup=5, save_every=50, workers=0,
+            log_every=1)
+TEN = dict(name="ten", steps=10, lr=5e-4, save_every=4, v2=False)       # the run that is interrupted, shared out, and repeated
+TERMS = ("loss", "global", "p2p", "p2s")
+TIMES = ("slabs_per_s", "waiting", "memory_gb")
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with four phantoms, for the caches and runs of this file."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    phantom.write(folder / "data/demo_ct/train", range(4), size=64)
+    return folder
+
+
+def argv(place, **keys):
+    keys = TINY | dict(runs=str(place / "runs"), cache=str(place / "cache")) | keys
+    return [str(HERE / "configs/demo.py"), *(f"--{key}={value}" for key, value in keys.items())]
+
+
+def config(place, **keys):
+    return configs.load(pretrain.Config, argv(place, **keys))
+
+
+def start(place, arguments, launcher=()):
+    """The command in a process group of its own, without a GPU."""
+    outside = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
+    here = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", S2DC_DATA=str(place / "data"), PYTHONPATH=str(HERE))
+    return subprocess.Popen([sys.executable, *launcher, *arguments], cwd=HERE, env=outside | here, start_new_session=True,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process):
+    try:
+        said = process.communicate(timeout=400)[0]
+    finally:
+        if process.poll() is None:                                  # nothing that waits for another may stay behind
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, said
+    return said
+
+
+def script(place, **keys):
+    return finish(start(place, ["pretrain.py", *argv(place, **keys)]))
+
+
+def within(place, arguments):
+    """The same in this process, for the time of an import less."""
+    with pytest.MonkeyPatch.context() as patch:
+        for key in LAUNCHER:
+            patch.delenv(key, raising=False)
+        patch.setenv("S2DC_DATA", str(place / "data"))
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        pretrain.main(arguments)
+
+
+def alone(place, **keys):
+    within(place, argv(place, **keys))
+    return Path(keys.get("runs", place / "runs")) / keys["name"]
+
+
+def batch_of(place, cfg, step):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("S2DC_DATA", str(place / "data"))
+        slabs = data.Slabs(data.open_scans(cfg, say=lambda _: None), cfg, cfg.batch, cfg.seed)
+    return data.collate([slabs[step, k] for k in range(cfg.batch)])
+
+
+def ends(call, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        call(*arguments)
+    assert isinstance(caught.value.code, str) and "\n" not in caught.value.code     # a text: the exit code is 1
+    return caught.value.code
+
+
+def last(run):
+    return torch.load(run / "last.pt", weights_only=True)
+
+
+def log(run):
+    """(lines that say where a run was started, lines of steps)"""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "step" not in line], [line for line in lines if "step" in line]
+
+
+def flat(tree, name=""):
+    """{path: leaf} of nested dicts, lists and tuples."""
+    if isinstance(tree, dict | list | tuple):
+        pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {path: leaf for key, value in pairs for path, leaf in flat(value, f"{name}/{key}").items()}
+    return {name: tree}
+
+
+def assert_follows(run, other, tolerance=1e-4):
+    """All weights, the queue and the logged terms agree, which were computed in another order."""
+    a, b = last(run), last(other)
+    assert a["step"] == b["step"] and a["queue_count"] == b["queue_count"]
+    for part in ("student", "teacher", "queue"):
+        mine, theirs = flat(a[part]), flat(b[part])
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=tolerance, msg=lambda m: f"{part}{name}: {m}")
+    (_, lines), (_, others) = log(run), log(other)
+    assert [line["step"] for line in lines] == [line["step"] for line in others]
+    for mine, theirs in zip(lines, others):                         # accuracy is a mean of shares, of other sets of tokens
+        for key in (*TERMS, "matches", "spread", "lr"):
+            assert mine[key] == pytest.approx(theirs[key], abs=tolerance), (mine["step"], key)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------- runs that tests share
+
+@pytest.fixture(scope="module")
+def ten(place):
+    """Ten steps of the script without interruption -> (run folder, what it said)."""
+    said = script(place, **TEN)
+    return place / "runs/ten", said
+
+
+@pytest.fixture(scope="module")
+def killed(place):
+    """The same, killed at once with its loader when a step after the first checkpoint has been logged."""
+    run = place / "killed/ten"
+    process = start(place, ["pretrain.py", *argv(place, runs=run.parent, **TEN | dict(workers=1))])
+    until = time.time() + 200
+    while not ((run / "last.pt").exists() and '"step": 5' in (run / "log.jsonl").read_text()):
+        assert process.poll() is None and time.time() < until, process.communicate()[0]
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    return run
+
+
+DRIVER = """
+import json, os, sys
+import torch.distributed as dist
+import pretrain
+rank = int(os.environ["RANK"])
+os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"                # it would still hold the addresses of the run before
+for number, (port, runs) in enumerate(json.load(open(sys.argv[1]))):
+    os.environ["MASTER_PORT"] = str(port)
+    try:
+        pretrain.main(runs[rank % len(runs)])
+    except SystemExit as end:
+        open(f"{sys.argv[1]}-{number}-{rank}", "w").write(str(end))
+        dist.destroy_process_group()
+"""
+FOUR = dict(name="four", batch=4, steps=6, warmup=3, v2=False)
+WIDE = dict(name="wide", slab=(128, 64, 64), steps=3, warmup=1, v2=False)
+P2P = dict(name="p2p_alone", weights=(0, 1, 0), steps=2, v2=False)
+SINKHORN = dict(name="sinkhorn", matching="sinkhorn", sinkhorn_iterations=10, steps=2, v2=False)
+
+
+@pytest.fixture(scope="module")
+def two(place, killed, ten):
+    """Folder of runs of two processes, one after the other by one torchrun."""
+    for runs in ("two", "elsewhere"):
+        shutil.copytree(killed.parent, place / runs)
+    shutil.rmtree(place / "elsewhere/ten")
+    jobs = [dict(FOUR, accumulate=2), WIDE, P2P, SINKHORN, dict(TEN, log_every=3)]
+    jobs = [[argv(place, runs=place / "two", **keys)] for keys in jobs]
+    shutil.copytree(killed, place / "disagree/ten")
+    jobs.append([argv(place, runs=place / runs, **TEN) for runs in ("disagree", "elsewhere")])
+    (place / "driver.py").write_text(DRIVER)
+    doors = [socket.create_server(("localhost", 0)) for _ in jobs]
+    (place / "jobs").write_text(json.dumps([(door.getsockname()[1], job) for door, job in zip(doors, jobs)]))
+    for door in doors:
+        door.close()
+    finish(start(place, [str(place / "driver.py"), str(place / "jobs")],
+                 ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")))
+    return place / "two"
+
+
+# ------------------------------------------------------------------------------------------------------------- two processes
+
+def test_torchrun_of_two_follows_one_process(place, ten):
+    finish(start(place, ["pretrain.py", *argv(place, runs=place / "torchrun", **TEN)],
+                 ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")))
+    assert_follows(place / "torchrun/ten", ten[0])
+    assert last(ten[0])["queue_count"] == 20                        # more than the queue holds
+
+
+def test_two_processes_that_accumulate_follow_one_that_does_not(place, two):
+    assert_follows(two / "four", alone(place, **FOUR))
+
+
+def test_one_process_that_accumulates_follows_one_that_does_not(place, ten):
+    assert_follows(alone(place, runs=place / "accumulate", **TEN, accumulate=2), ten[0])
+
+
+@pytest.mark.parametrize("keys", [WIDE, P2P, SINKHORN], ids=lambda keys: keys["name"])
+def test_two_processes_follow_one(place, two, keys):
+    assert_follows(two / keys["name"], alone(place, **keys))
+
+
+def test_two_processes_go_on_from_a_checkpoint_of_one(two, ten):
+    (began, lines), (_, steps) = log(two / "ten"), log(ten[0])
+    assert [line["resumed"] for line in began] == [0, 4]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 6, 9, 10]
+    for line, part in zip(lines[4:], (steps[4:6], steps[6:9], steps[9:])):
+        for key in TERMS:                                           # a line holds the means since the line before
+            assert line[key] == pytest.approx(sum(step[key] for step in part) / len(part), abs=1e-4)
+    a, b = flat(last(two / "ten")["student"]), flat(last(ten[0])["student"])
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-4
+
+
+def test_processes_that_see_different_checkpoints_are_refused(place, two):
+    for rank in (0, 1):
+        text = (place / f"jobs-5-{rank}").read_text()
+        assert "steps [0, 4]" in text and "disagree/ten" in (place / "jobs-5-0").read_text() and "\n" not in text
+    assert not (place / "elsewhere/ten").exists() and last(place / "disagree/ten")["step"] == 4
+
+
+@pytest.mark.parametrize("v2", [True, False])
+def test_gradient_of_a_batch_is_the_mean_of_its_halves(place, v2):
+    """In double precision, where no kink can hide that a norm or a loss mixes the samples of a batch."""
+    cfg = config(place, v2=v2)
+    generator = torch.Generator().manual_seed(0)
+    V, V_, twin = torch.rand(3, 2, 1, 64, 64, 64, generator=generator, dtype=torch.float64)
+    pairs = torch.tensor([[b, i, (i + 3) % 512] for b in (0, 1) for i in range(100 + 50 * b)])
+    torch.manual_seed(0)
+    student = pretrain.Network(cfg).double()
+    negatives = torch.rand(5, cfg.embedding, generator=generator, dtype=torch.float64)
+
+    def gradient(which):
+        student.zero_grad()
+        tokens, query = student(V[which], torch.zeros(len(which), dtype=torch.long))
+        with torch.no_grad():
+            tokens_, key = student(V_[which], twin=twin[which])
+        mine = torch.cat([pairs[pairs[:, 0] == b] * torch.tensor([0, 1, 1]) + torch.tensor([k, 0, 0])
+                          for k, b in enumerate(which)])
+        losses.s2dc_loss(tokens, tokens_, mine, query, key, negatives)["loss"].backward()
+        return {name: p.grad.clone() for name, p in student.named_parameters()}
+
+    whole, halves = gradient([0, 1]), (gradient([0]), gradient([1]))
+    assert max(g.abs().max() for g in whole.values()) > 0.1
+    for name, g in whole.items():
+        torch.testing.assert_close(g, (halves[0][name] + halves[1][name]) / 2, rtol=1e-7, atol=1e-9)
+
+
+# -------------------------------------------------------------------------------------------------------------- kill, resume
+
+def test_killed_and_started_again_equals_uninterrupted_bit_for_bit(place, killed, ten):
+    left = last(killed)
+    assert left["step"] == 4 and max(line["step"] for line in log(killed)[1]) in range(5, 10)
+    assert all(torch.load(file, weights_only=True) for file in killed.glob("*.pt"))
+    shutil.copytree(killed.parent, place / "resumed")
+    # other workers and other records make no other run
+    said = script(place, runs=place / "resumed", **TEN | dict(workers=2, save_every=3, keep=(9,)))
+    run = place / "resumed/ten"
+    assert "ten/last.pt at step 4" in said
+    mine, theirs = last(run), last(ten[0])
+    mine, theirs = ({k: v for k, v in flat(state).items() if not k.startswith("/config/")} for state in (mine, theirs))
+    assert mine.keys() == theirs.keys() and len([k for k in mine if k.startswith("/optimizer/state/")]) > 100
+    for key, value in mine.items():
+        assert torch.equal(value, theirs[key]) if torch.is_tensor(value) else value == theirs[key], key
+    (began, lines), (_, steps) = log(run), log(ten[0])
+    assert [line["resumed"] for line in began] == [0, 4]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    for line, step in zip(lines, steps):
+        assert {k: v for k, v in line.items() if k not in TIMES} == {k: v for k, v in step.items() if k not in TIMES}
+    assert torch.load(run / "encoder-9.pt", weights_only=True)["step"] == 9
+    assert sorted(file.name for file in run.glob("*.pt")) == ["encoder-9.pt", "encoder.pt", "last.pt"]
+
+
+def test_complete_run_says_so_and_changes_nothing(place, ten, capsys):
+    def state():
+        return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in ten[0].iterdir()}
+    before = state()
+    within(place, argv(place, **TEN | dict(workers=3, compile=True, log_every=7, save_every=2, keep=(3,), cache="nowhere")))
+    assert state() == before and not (HERE / "nowhere").exists()
+    assert capsys.readouterr().out == f"{ten[0]} is complete: 10 steps; its encoder is {ten[0]}/encoder.pt\n"
+
+
+def test_resumption_with_another_learning_rate_is_refused(place, killed):
+    before = (killed / "last.pt").read_bytes(), (killed / "log.jsonl").read_bytes()
+    text = ends(within, place, argv(place, runs=killed.parent, **TEN | dict(lr=2e-3)))
+    assert "lr was 0.0005, now 0.002" in text and "killed/ten/last.pt" in text
+    assert before == ((killed / "last.pt").read_bytes(), (killed / "log.jsonl").read_bytes())
+
+
+def test_resumption_refuses_every_key_that_is_not_free(place, killed):
+    cfg = config(place, **TEN)
+    now = dataclasses.asdict(cfg)
+    assert set(pretrain.FREE_ON_RESUME) < set(now)
+    assert pretrain.resume(killed, cfg, now)["step"] == 4
+    for key in now:
+        if key in pretrain.FREE_ON_RESUME:
+            assert pretrain.resume(killed, cfg, now | {key: "else"})["step"] == 4
+        else:
+            assert f": {key} was " in ends(pretrain.resume, killed, cfg, now | {key: "else"})
+    assert {"lr", "seed", "batch", "accumulate", "slab", "rotation", "window", "scans"}.isdisjoint(pretrain.FREE_ON_RESUME)
+
+
+def test_damaged_checkpoint_is_one_line(place, killed, tmp_path):
+    (tmp_path / "ten").mkdir()
+    (tmp_path / "ten/last.pt").write_bytes((killed / "last.pt").read_bytes()[:5000])
+    assert "last.pt" in ends(within, place, argv(place, runs=tmp_path, **TEN))
+    assert [file.name for file in (tmp_path / "ten").iterdir()] == ["last.pt"]
+
+
+def test_log_forgets_what_the_checkpoint_does_not_know(tmp_path):
+    path = tmp_path / "log.jsonl"
+    header, steps = '{"torch": "2"}\n', ['{"step": 2}\n', '{"step": 4}\n', '{"step": 6}\n']
+    path.write_text("".join([header, *steps, '{"st']))              # killed in the middle of a line
+    pretrain.start_log(path, 4, {"torch": "3"})
+    assert path.read_text() == "".join([header, *steps[:2], '{"torch": "3", "resumed": 4}\n'])
+    path.write_text("".join([header, *steps]))
+    pretrain.start_log(path, 0, {"torch": "3"})                     # killed before the first checkpoint
+    assert path.read_text() == header + '{"torch": "3", "resumed": 0}\n'
+    assert [file.name for file in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+# ------------------------------------------------------------------------------------------------------------- not finite, bad
+
+def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(place):
+    # the learning rate of steps 0 .. 3 is 3e-4 6e-4 1e-3 0, that of step 4 is 1e37
+    keys = dict(name="explodes", steps=8, warmup=3, min_lr=1e38, save_every=4, v2=False)
+    text = ends(within, place, argv(place, **keys))
+    run = place / "runs/explodes"
+    assert text.startswith("step 5: not finite (loss nan, global nan, p2p nan, p2s nan") and "gradient norm nan" in text
+    assert f"cases: {', '.join(batch_of(place, config(place, **keys), 5)['id'])};" in text
+    assert text.endswith(f"the last good checkpoint is {run}/last.pt")
+    state = last(run)
+    assert state["step"] == 4 and [line["step"] for line in log(run)[1]] == [1, 2, 3, 4, 5]
+    leaves = [leaf for leaf in flat(state).values() if torch.is_tensor(leaf)]
+    assert len(leaves) > 200 and all(leaf.isfinite().all() for leaf in leaves)
+
+
+def test_non_finite_loss_before_the_first_checkpoint(place):
+    text = ends(within, place, argv(place, name="at_once", steps=4, warmup=0, lr=1e36, v2=False))
+    assert text.startswith("step 1: not finite") and text.endswith("there is no checkpoint yet")
+    assert not list((place / "runs/at_once").glob("*.pt"))
+
+
+REFUSED = [
+    (dict(token_patch=6), "token_patch = 6"), (dict(matching="some"), "matching ="), (dict(structure="some"), "structure ="),
+    (dict(crop=(32, 32, 32), slab=(32, 32, 32)), "crop = (32, 32, 32)"), (dict(crop=(80, 64, 64), slab=(80, 64, 64)), "crop ="),
+    (dict(crop=(0, 64, 64)), "crop = (0, 64, 64)"), (dict(slab=(96, 64, 64)), "slab = (96, 64, 64)"),
+    (dict(slab=(0, 64, 64)), "slab = (0, 64, 64)"), (dict(batch=3, accumulate=2), "batch = 3"), (dict(batch=0), "batch = 0"),
+    (dict(accumulate=0), "0 accumulated"), (dict(accumulate=-1), "-1 accumulated"), (dict(queue=1), "queue = 1"),
+    (dict(temperature=0), "temperatures"), (dict(global_temperature=-1), "temperatures"), (dict(momentum=1.5), "momentum = 1.5"),
+    (dict(steps=0), "steps"), (dict(log_every=0), "log_every"), (dict(save_every=0), "save_every"), (dict(lr=0), "lr = 0"),
+    (dict(clip=-1), "clip = -1"), (dict(warmup=-1), "warmup"), (dict(seed=-1), "seed"),
+    (dict(sinkhorn_iterations=0), "sinkhorn_iterations = 0"), (dict(init="nowhere.pt"), "'nowhere.pt'"),
+    (dict(num_heads=(3, 1, 1, 1)), "num_heads"), (dict(merge="some"), "merge"), (dict(depths=(2, 2)), "depths"),
+    (dict(sharpness=1), "sharpness"),
+]
+
+
+@pytest.mark.parametrize("keys, words", REFUSED, ids=lambda x: x if isinstance(x, str) else None)
+def test_what_cannot_run_is_refused_in_one_line_before_anything_is_written(place, tmp_path, keys, words):
+    assert words in ends(within, place, argv(place, **dict(runs=tmp_path / "runs", cache=tmp_path / "cache", name="bad") | keys))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_must_divide_among_the_processes(place):
+    cfg = config(place, batch=8, queue=8, accumulate=2)
+    assert pretrain.check(cfg, 4) is None
+    assert "8 does not divide into 3 processes x 2" in ends(pretrain.check, cfg, 3)
+
+
+def test_weights_of_another_network_are_refused_in_one_line(place, ten):
+    text = ends(within, place, argv(place, name="unfit", init=ten[0] / "encoder.pt"))
+    assert "encoder.pt" in text and "v2 is False in the file, True in the model" in text
+
+
+# ------------------------------------------------------------------------------------------------------------ what it writes
+
+def test_encoder_file_loads_with_its_preprocessing(place, ten, capsys):
+    run = alone(place, name="kept", steps=2, save_every=2, keep=(1,), window=(-200.0, 300.0), cache=place / "cache_kept")
+    cfg = config(place, window=(-200.0, 300.0))
+    for file, step in (("encoder.pt", 2), ("encoder-1.pt", 1)):
+        content = torch.load(run / file, weights_only=True)
+        assert content["format"] == "s2dc/encoder" and content["step"] == step
+        assert content["preprocessing"] == data.preprocessing(cfg) != data.preprocessing(config(place))
+        encoder = Swin3D(**content["arguments"])
+        report = load_weights(encoder, run / file)
+        assert report["loaded"] == report["total"] == len(encoder.state_dict()) and report["initial"] == {}
+        for name, tensor in encoder.state_dict().items():
+            assert torch.equal(tensor, content["encoder"][name])
+    student, final = last(run)["student"], torch.load(run / "encoder.pt", weights_only=True)["encoder"]
+    assert all(torch.equal(student[f"encoder.{name}"], tensor) for name, tensor in final.items())
+    assert last(run)["preprocessing"] == data.preprocessing(cfg)
+    assert load_weights(Swin3D(**last(run)["arguments"]), run / "last.pt")["loaded"] == len(encoder.state_dict())
+
+
+def test_run_starts_from_an_encoder(place, ten):
+    run = alone(place, name="init", steps=1, lr=1e-12, warmup=0, v2=False, init=ten[0] / "encoder.pt")
+    start = torch.load(ten[0] / "encoder.pt", weights_only=True)["encoder"]
+    for part in ("student", "teacher"):
+        for name, tensor in start.items():
+            torch.testing.assert_close(last(run)[part][f"encoder.{name}"], tensor, rtol=1e-6, atol=1e-9)
+
+
+def test_stored_configuration_is_a_config_file_and_the_log_says_where(place, ten):
+    run, said = ten
+    cfg = config(place, **TEN)
+    assert configs.load(pretrain.Config, [str(run / "config.py")]) == cfg
+    assert last(run)["config"] == dataclasses.asdict(cfg)
+    first = json.loads((run / "log.jsonl").read_text().splitlines()[0])
+    assert first["torch"] == torch.__version__ and first["device"] == "cpu, 1 threads" and first["resumed"] == 0
+    git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert first["commit"][:12] == git[:12] if git else first["commit"] == "unknown"
+    assert configs.dump(cfg) in said
+    for words in ("1 x cpu, 1 threads, float32, 4 scans, cache 0.00 GB", "batch 2 slabs x 1 crops = 1 ranks x 1 passes x 2",
+                  "512 tokens a slab; steps 0 to 10", "step     10  loss ", " left\n", "10 steps in "):
+        assert words in said
+    network = pretrain.Network(cfg)
+    count = sum(p.numel() for p in network.parameters())
+    assert f"student {count / 1e6:.2f} M" in said
+    wanted = {"step", *TERMS, "matches", "accuracy", "spread", "lr", "grad_norm", *TIMES}
+    assert all(set(line) == wanted for line in log(run)[1])
+
+
+def test_commit_is_unknown_where_there_is_no_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert pretrain.origin()["commit"] == "unknown"
+
+
+# ------------------------------------------------------------------------------------------------------------ parts, by hand
+
+def test_learning_rate_is_a_warm_up_and_half_a_cosine(place):
+    cfg = config(place, steps=110, warmup=10, lr=2.0, min_lr=0.5)
+    rate = [pretrain.lr_at(step, cfg) for step in range(110)]
+    assert rate[:10] == pytest.approx([0.2 * k for k in range(1, 11)])
+    assert rate[10:] == pytest.approx([0.5 + 1.5 * math.cos(math.pi * k / 200) ** 2 for k in range(100)])   # (1 + cos 2a) / 2
+    assert rate[9] == rate[10] == 2.0 and rate[60] == pytest.approx(1.25) and 0.5 < rate[109] < 0.501
+    plain = config(place, steps=4, warmup=0, lr=1.0)
+    assert [pretrain.lr_at(step, plain) for step in range(4)] == pytest.approx([1, 0.853553391, 0.5, 0.146446609])
+    assert pretrain.lr_at(3, config(place, steps=4, warmup=8, lr=1.0)) == 0.5
+
+
+@pytest.mark.parametrize("ranks, accumulate, batch", [(1, 1, 3), (2, 1, 4), (1, 4, 4), (2, 3, 12), (8, 2, 16)])
+def test_every_place_of_the_global_batch_is_worked_on_once_a_step(place, ranks, accumulate, batch):
+    cfg = config(place, steps=5, batch=batch, queue=batch, accumulate=accumulate)
+    passes = [list(pretrain.places(cfg, rank, ranks, 2)) for rank in range(ranks)]
+    for mine in passes:
+        assert len(mine) == 3 * accumulate and {len(one) for one in mine} == {batch // ranks // accumulate}
+    for step in (2, 3, 4):      # one rank after the other, each in the order of its passes: the order in which keys are gathered
+        order = [where for mine in passes for one in mine[(step - 2) * accumulate:(step - 1) * accumulate] for where in one]
+        assert order == [(step, k) for k in range(batch)]
+
+
+def test_queue_overwrites_the_oldest_first():
+    queue, ring = pretrain.Queue(7, 2, "cpu"), collections.deque(maxlen=7)
+    assert queue.filled().shape == (0, 2)
+    for start in range(0, 30, 3):
+        keys = torch.arange(start, start + 3).float()[:, None] * torch.tensor([1.0, -1.0])
+        queue.push(keys)
+        ring.extend(keys[:, 0].tolist())
+        assert queue.count == start + 3
+        assert sorted(queue.filled()[:, 0].tolist()) == list(ring)
+        assert queue.filled()[(start + 2) % 7].tolist() == [start + 2, -start - 2]
+    assert queue.filled().data_ptr() == queue.keys.data_ptr()
+
+
+def grid_tokens(network, volume, cfg):
+    """(1, t, e) tokens of a volume (1, c, x, y, z): every crop encoded alone, each of its tokens put to its place by loops."""
+    rows, level = {}, {2: 0, 4: 1, 8: 2, 16: 3, 32: 4}[cfg.token_patch]
+    for x, y, z in itertools.product(*(range(0, s, c) for s, c in zip(cfg.slab, cfg.crop))):
+        crop = volume[:, :, x:x + cfg.crop[0], y:y + cfg.crop[1], z:z + cfg.crop[2]]
+        features = network.encoder(crop)[level][0]
+        for i, j, k in itertools.product(*map(range, features.shape[1:])):
+            rows[x // cfg.token_patch + i, y // cfg.token_patch + j, z // cfg.token_patch + k] = features[:, i, j, k]
+    grid = [s // cfg.token_patch for s in cfg.slab]
+    return network.token_head(torch.stack([rows[at] for at in itertools.product(*map(range, grid))])[None])
+
+
+def pooled(network, crop):
+    return network.global_head(network.encoder(crop)[-1].mean(dim=(2, 3, 4)))
+
+
+@pytest.mark.parametrize("patch", [8, 16])
+def test_tokens_of_all_crops_land_on_the_one_grid_of_the_slab(place, patch):
+    cfg = config(place, slab=(128, 64, 192), crop=(64, 64, 96), token_patch=patch)
+    torch.manual_seed(1)
+    network = pretrain.Network(cfg).requires_grad_(False)
+    slab, twin = torch.rand(2, 1, 128, 64, 192), torch.rand(2, 1, 64, 64, 96)
+    tokens, query = network(slab, torch.tensor([1, 2]))             # crops 0 1 2 3 start at x z = 0 0, 0 96, 64 0, 64 96
+    same, key = network(slab, twin=twin)
+    assert torch.equal(tokens, same)
+    torch.testing.assert_close(tokens, torch.cat([grid_tokens(network, v[None], cfg) for v in slab]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(query[0:1], pooled(network, slab[0:1, :, :64, :, 96:]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(query[1:2], pooled(network, slab[1:2, :, 64:, :, :96]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(key, pooled(network, twin), rtol=0, atol=1e-5)
+    assert (query[0] - query[1]).abs().min() > 1e-3 and (tokens[0, 0] - tokens[0, 1]).abs().max() > 1e-3
+
+
+def written_out(cfg, student, teacher, batch, queue):
+    """(3,) L_g, L_p2p, L_p2s of Eq. 1, 5 and 8, and the keys (b, e): one slab, one crop, one equation after the other."""
+    V, V_, twin = data.views(batch, cfg)
+    grid = [s // cfg.token_patch for s in cfg.slab]
+    inside = data.tokens_inside(batch, grid, cfg.token_patch)
+    terms, keys = [], []
+    for b in range(len(V)):
+        x, y, z = batch["crop"][b].tolist()
+        with torch.no_grad():
+            tokens_, key = grid_tokens(teacher, V_[b:b + 1], cfg), pooled(teacher, twin[b:b + 1])
+        query = pooled(student, V[b:b + 1, :, x:x + cfg.crop[0], y:y + cfg.crop[1], z:z + cfg.crop[2]])
+        sim = losses.similarity(grid_tokens(student, V[b:b + 1], cfg), tokens_)
+        M_gt = data.correspondence(batch["H"][b:b + 1], grid, cfg.token_patch)
+        valid, valid_ = (each[b:b + 1] for each in inside)
+        if cfg.matching == "sinkhorn":
+            M_hat = losses.sinkhorn(sim, cfg.temperature, student.bin_score, cfg.sinkhorn_iterations, valid, valid_)
+        else:
+            M_hat = losses.dual_softmax(sim, cfg.temperature, valid, valid_)
+        terms.append(torch.stack([
+            losses.info_nce(query, key, queue, cfg.global_temperature), losses.patch_to_patch(M_hat, M_gt),
+            losses.patch_to_structure(M_hat, M_gt, sim, cfg.structure, cfg.structure_detach, valid=valid, valid_=valid_)]))
+        keys.append(key / key.norm())
+    return torch.stack(terms).mean(dim=0), torch.cat(keys)
+
+
+def test_four_steps_equal_the_same_written_out(place):
+    """Slab, crop and twin, the terms, clipping, AdamW, its two rates of decay, the teacher and the queue, all by hand."""
+    keys = dict(name="by_hand", steps=4, warmup=2, lr=2e-3, min_lr=1e-3, decay=0.5, clip=0.7, momentum=0.9, queue=5,
+                slab=(128, 64, 64), weights=(0.5, 1.0, 2.0), temperature=0.2, global_temperature=0.3, structure="mean",
+                structure_detach=False, v2=False)
+    run, cfg = alone(place, **keys), config(place, **keys)
+    assert len({tuple(start) for step in range(4) for start in batch_of(place, cfg, step)["crop"].tolist()}) == 2
+    torch.manual_seed(cfg.seed)
+    student = pretrain.Network(cfg)
+    teacher = copy.deepcopy(student)
+    first, second = ([torch.zeros_like(p) for p in student.parameters()] for _ in range(2))
+    ring = torch.zeros(0, cfg.embedding)
+    for step, rate in enumerate((1e-3, 2e-3, 2e-3, 1.5e-3)):
+        terms, new = written_out(cfg, student, teacher, batch_of(place, cfg, step), ring)
+        loss = 0.5 * terms[0] + terms[1] + 2 * terms[2]
+        gradients = torch.autograd.grad(loss, list(student.parameters()))
+        norm = torch.cat([g.flatten() for g in gradients]).norm().item()
+        logged = log(run)[1][step]
+        expected = [loss.item(), *terms.tolist(), norm, rate]
+        assert [logged[key] for key in (*TERMS, "grad_norm", "lr")] == pytest.approx(expected, rel=2e-4)
+        with torch.no_grad():
+            for p, slow, g, m, v in zip(student.parameters(), teacher.parameters(), gradients, first, second):
+                g = g * 0.7 / norm                                  # far above the limit in every step
+                m.copy_(0.9 * m + 0.1 * g)
+                v.copy_(0.999 * v + 0.001 * g ** 2)
+                p.mul_(1 - rate * 0.5 if p.ndim > 1 else 1)
+                p.sub_(rate * m / (1 - 0.9 ** (step + 1)) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8))
+                slow.copy_(0.9 * slow + 0.1 * p)
+        assert norm > 0.7
+        ring = torch.cat([ring, new])[-5:]
+    state = last(run)
+    for part, network in (("student", student), ("teacher", teacher)):
+        for name, p in network.named_parameters():
+            torch.testing.assert_close(state[part][name], p.detach(), rtol=0, atol=1e-4, msg=lambda m: f"{part} {name}: {m}")
+    assert state["queue_count"] == 8                                # slots 5 6 7 3 4 hold keys 5 6 7 3 4
+    torch.testing.assert_close(state["queue"], ring[[2, 3, 4, 0, 1]], rtol=0, atol=1e-4)
+
+
+ABLATIONS = [dict(weights=(1, 0, 0)), dict(weights=(0, 1, 0)), dict(matching="sinkhorn", sinkhorn_iterations=10),
+             dict(structure="printed"), dict(structure="mean"), dict(structure="released"), dict(token_patch=16)]
+
+
+@pytest.mark.parametrize("keys", ABLATIONS, ids=lambda keys: "-".join(map(str, keys.values())))
+def test_ablations_are_switches(place, keys):
+    name = "ablation-" + "-".join(map(str, keys.values())).replace(" ", "")
+    keys = dict(name=name, steps=2, warmup=0, decay=0.1) | keys
+    run, cfg = alone(place, **keys), config(place, **keys)
+    torch.manual_seed(cfg.seed)
+    before = pretrain.Network(cfg)
+    with torch.no_grad():
+        terms, _ = written_out(cfg, before, copy.deepcopy(before), batch_of(place, cfg, 0), torch.zeros(0, cfg.embedding))
+    line = log(run)[1][0]
+    expected = [sum(w * t for w, t in zip(cfg.weights, terms.tolist())), *terms.tolist()]
+    assert [line[key] for key in TERMS] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    after, start = last(run)["student"], before.state_dict()
+    # what a switched-off term alone would train only decays, by both steps' rates: 1e-3 and 5e-4
+    idle = {(1, 0, 0): ("token_head.",), (0, 1, 0): ("global_head.", "encoder.stages.2.", "encoder.stages.3.")}
+    idle = idle.get(cfg.weights, ())
+    for key, value in start.items():
+        decayed = value * (1 - 1e-4) * (1 - 5e-5) if value.ndim > 1 else value
+        still = torch.allclose(after[key], decayed, rtol=1e-6, atol=1e-9)
+        assert still if key.startswith(idle) else not still, key
+    if cfg.matching == "sinkhorn":
+        assert after["bin_score"] != 1.0 and last(run)["teacher"]["bin_score"] != 1.0
+        assert after["bin_score"].item() == pytest.approx(1.0, abs=2e-3)
+
+
+def test_it_learns_to_match(place):
+    run = alone(place, name="learns", scans="demo_ct/train/imagesTr/phantom_00[01].nii.gz", steps=30, lr=3e-3, hidden=32,
+                embedding=16, momentum=0.9, log_every=5)
+    lines = log(run)[1]
+    assert lines[-1]["p2p"] < 0.75 * lines[0]["p2p"] and lines[-1]["p2p"] < 2 * math.log(512) - 2     # that is 2 below chance
+    assert lines[-1]["accuracy"] > 3 * lines[0]["accuracy"] and lines[-1]["spread"] > 0.1
