@@ -48,6 +48,7 @@ class Config:
     probe_image: str | tuple = ()   # labelled scans that evaluate.py probes an encoder with; default image, label, datalist above
     probe_label: str = ""
     probe_datalist: str = ""
+    probe_crop: tuple = ()          # voxels that the encoder sees at once there, () as `crop`; larger is faster and shows more around
     exclude: str | tuple = ()       # ids (or patterns of ids) left out on purpose
     labels: dict = dataclasses.field(default_factory=dict)   # {id: name} of every class but background; {} accepts any id
     remap: dict = dataclasses.field(default_factory=dict)    # {id in the file: id in `labels`}
