@@ -5,7 +5,6 @@ Five parts, pure functions on arrays: 1. sliding window, and back to the scan's 
 Axis letters: b batch, c channel, k class, x y z voxels (RAS+: to the patient's right, front and head), n cases, t tokens.
 scikit-learn and matplotlib are needed by parts 4 and 5 alone and imported there.
 """
-import collections
 import csv
 import dataclasses
 import fnmatch
@@ -1438,7 +1437,8 @@ def organ_tokens(encoder, scans, cfg, device, overlap=None):
     """(t, c) features, (t,) organ ids, (t,) scan numbers of all tokens that show an organ; overlap as in encode."""
     parts = []
     for n, scan in enumerate(scans):
-        features = encode(encoder, torch.from_numpy(np.ascontiguousarray(scan.open())), cfg.crop, cfg.token_patch, device, overlap)
+        volume = torch.from_numpy(np.ascontiguousarray(scan.open()))
+        features = encode(encoder, volume, cfg.probe_crop or cfg.crop, cfg.token_patch, device, overlap)
         i, j, k = features.shape[1:]
         label = scan.open("label")[0][:i * cfg.token_patch, :j * cfg.token_patch, :k * cfg.token_patch]
         ids, _ = token_labels(np.ascontiguousarray(label), cfg.token_patch, cfg.probe_share)
@@ -1494,8 +1494,8 @@ def probe(cfg, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # 11. figures: what an encoder learned, as pictures with the numbers behind them
 
-STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8,
-         "legend.frameon": False, "figure.titlesize": 11, "figure.facecolor": "white", "savefig.dpi": 150}
+STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
+         "legend.fontsize": 8, "legend.frameon": False, "figure.titlesize": 11, "figure.facecolor": "white", "savefig.dpi": 150}
 
 
 class NoFigure(Exception):
@@ -1562,7 +1562,8 @@ class Shown:
         asked = list(cfg.figure_organs) or sorted(set(ids.tolist()) - {0})
         lost = [f"organ {k}" for k in asked if k not in ids] or ["an organ"] * (not asked)
         if lost:
-            raise SystemExit(f"{scan.id}: no patch of {self.patch} voxels shows {lost[0]} (probe_share {cfg.probe_share:g}); give a query")
+            raise SystemExit(f"{scan.id}: no patch of {self.patch} voxels shows {lost[0]} "
+                             f"(probe_share = {cfg.probe_share:g}); give a query")
         points = []
         for k in asked:
             away = np.linalg.norm(self.centres - self.centres[ids == k].mean(0), axis=1)
@@ -1601,8 +1602,8 @@ class Shown:
 
     @functools.cached_property
     def pair(self):
-        """V, the whole scan, and V', moved and jittered within the config's ranges, (c, x, y, z); H (4, 4); true matches of Eq. 2-3
-        inside the scan, (m, 2) rows (i, j); valid_ (t,): tokens of V' that show the scan; tissue (t,): tokens of V above its mean."""
+        """V, the whole scan, and V', moved and jittered within the config's ranges, (c, x, y, z); H (4, 4); matches (m, 2), rows
+        (i, j) of Eq. 2-3 inside the scan; valid_ (t,): tokens of V' that show the scan; tissue (t,): tokens of V above its mean."""
         whole = dataclasses.replace(self.cfg, slab=self.scan.shape, crop=self.scan.shape)
         batch = data.collate([data.Slabs([self.scan], whole, 1, whole.seed).sample(self.scan, np.random.default_rng(whole.seed))])
         V, V_, _ = data.views(batch, whole)
@@ -1678,7 +1679,7 @@ def plane_sheet(path, shown, point, columns, title, organ=None, mark=True):
     columns = [("scan", image, dict(cmap="gray", vmin=low, vmax=high), unit), *columns]
     mm, n = np.array(scan.shape) * scan.spacing, len(columns)
     heights, widest, width = [mm[plane[3]] for plane in PLANES], max(mm[plane[2]] for plane in PLANES), max(9.0, 1.75 * n)
-    head, foot, gap = 0.45 + 0.17 * max(heading.count("\n") + 1 for heading, *_ in columns), 0.55, 0.07      # inches
+    head, foot, gap = 0.5 + 0.16 * max(heading.count("\n") + 1 for heading, *_ in columns), 0.55, 0.07      # inches
     scale = min(((width - 0.35) / n - gap) / widest, 9.5 / sum(heights))                                   # inches per mm
     total, left = head + sum(heights) * scale + 3 * gap + foot, 0.35 + (width - 0.35 - n * (widest * scale + gap)) / 2
     figure = blank(width, total, title, None)
@@ -1712,10 +1713,11 @@ def similarity_sheets(shown, out, kind, heads):
         maps, mm = {f: cosine_map(shown.tokens(f), shown.cell(point)) for f in heads}, (shown.scan.affine @ [*point, 1])[:3]
         look = dict(cmap="magma", vmin=min(m.min() for m in maps.values()), vmax=1)
         path = out / (f"{kind}_{data._plain_id(name.replace(' ', '_'))}.png" if len(shown.queries) > 1 else f"{kind}.png")
-        title = f"Similarity to the marked patch: {name}, scan {shown.scan.id}, R A S = {', '.join(f'{v:.0f}' for v in mm)} mm"
+        title = f"Similarity to the marked patch: {name}\nscan {shown.scan.id}, R A S = {', '.join(f'{v:.0f}' for v in mm)} mm"
         columns = [(heads[f], m, look, "cosine similarity") for f, m in maps.items()]
         made.append(plane_sheet(path, shown, point, columns, title, organ))
-        numbers.append(dict(name=name, organ=organ, voxel=point, mm=mm, token=shown.cell(point), maps={f: m.round(5) for f, m in maps.items()}))
+        numbers.append(dict(name=name, organ=organ, voxel=point, mm=mm, token=shown.cell(point),
+                            maps={f: m.round(5) for f, m in maps.items()}))
     shown.write(out / f"{kind}.json", queries=numbers)
     return made
 
@@ -1753,7 +1755,7 @@ def draw_distribution(shown, out):
             raise NoFigure("no patch of an organ, or of tissue, has its partner in V' after the config's moves")
         last = ratio[list(shown.heads)[-1]][fit]
         chosen = {"highest ratio": int(fit[last.argmax()]), "lowest ratio": int(fit[last.argmin()])}
-    figure = blank(9, 2.9 + 2.1 * len(ratio), f"Similarity of one patch of V with the {usable.sum()} patches of V', scan {scan.id}")
+    figure = blank(9, 2.9 + 2.1 * len(ratio), f"Similarity of a patch of V with the {usable.sum()} patches of V', scan {scan.id}")
     axes = figure.subplots(1 + len(ratio), len(chosen), squeeze=False, height_ratios=[1.4] + [1] * len(ratio))
     image = scan.open()[0].astype(np.float32)
     grey = dict(zip(("vmin", "vmax"), np.percentile(image, [1, 99.5])), cmap="gray")
@@ -1763,8 +1765,8 @@ def draw_distribution(shown, out):
         column[0].set_title(f"{which}{organ}, axial, z = {shown.centres[t][2]:.4g}")
         for axis, f in zip(column[1:], ratio):
             row, partners = next(shown.similar(f, [t]))[0], pair["matches"][pair["matches"][:, 0] == t][:, 1]
-            numbers.append(dict(which=which, encoder=f, token=t, sharpe_ratio=ratio[f][t], similarities=row[usable].numpy().round(5),
-                                true_partners=row[partners].numpy()))
+            numbers.append(dict(which=which, encoder=f, token=t, sharpe_ratio=ratio[f][t], true_partners=row[partners].numpy(),
+                                similarities=row[usable].numpy().round(5)))
             draw_histogram(axis, row[usable].numpy(), numbers[-1], shown.heads[f])
         axis.set_xlabel("cosine similarity")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -1772,7 +1774,7 @@ def draw_distribution(shown, out):
     look = dict(cmap="viridis", vmin=min(r.min() for r in ratio.values()), vmax=max(r.max() for r in ratio.values()))
     columns = [(shown.heads[f], r.reshape(shown.grid), look, "Sharpe ratio, Eq. 6") for f, r in ratio.items()]
     plane_sheet(out / "distribution_map.png", shown, shown.centres[next(iter(chosen.values()))], columns,
-                f"Sharpe ratio of every patch, scan {scan.id}; high: one peak, low: many similar patches")
+                f"Sharpe ratio of every patch: high, one peak; low, many similar patches\nscan {scan.id}")
     shown.write(out / "distribution.json", H=pair["H"], chosen=numbers,
                 sharpe_ratio={f: r.round(5).reshape(shown.grid) for f, r in ratio.items()})
     return [out / "distribution.png", out / "distribution_map.png"]
@@ -1786,7 +1788,8 @@ def draw_histogram(axes, values, number, heading):
     axes.axvline(values.max(), color="#D55E00", linewidth=1.4, label="largest")
     axes.plot(true, [0.62] * len(true), "^", color="#009E73", markersize=8, clip_on=False, label="true partner", zorder=5)
     axes.set(xlim=(-1, 1), ylim=(0.62, None), ylabel="patches")
-    axes.set_title(f"{heading}: Sharpe ratio ({values.max():.2f} {-values.mean():+.2f}) / {values.std():.2f} = {number['sharpe_ratio']:.2f}")
+    ratio = f"({values.max():.2f} {-values.mean():+.2f}) / {values.std():.2f} = {number['sharpe_ratio']:.2f}"
+    axes.set_title(f"{heading}: Sharpe ratio {ratio}")
 
 
 def draw_tsne(shown, out):
@@ -1805,48 +1808,51 @@ def draw_tsne(shown, out):
         flat = manifold.TSNE(2, perplexity=24, init="pca", random_state=cfg.seed).fit_transform(x[kept])
         scores = {metric: silhouette(x, y, metric, cfg.seed, cfg.probe_limit) for metric in ("euclidean", "cosine")}
         numbers[f] = dict(points=flat.round(3), organ=y[kept], scan=n[kept], tokens={k: int((y == k).sum()) for k in organs},
-                          silhouette={m: dict(mean=mean, organs=each) for m, (mean, each) in scores.items()})
+                          silhouette={m: dict(mean=mean, mean_of_organs=_mean(list(each.values())), organs=each)
+                                      for m, (mean, each) in scores.items()})
     figure = blank(9, 9, f"Tokens of {shown.patch} voxels that show an organ, {len(scans)} scans; t-SNE, perplexity 24")
     above, below = figure.subfigures(2, 1, height_ratios=[1.2, 1])
     for axes, (f, number) in zip(above.subplots(1, len(numbers), squeeze=False)[0], numbers.items()):
         for k in organs:
             points = number["points"][number["organ"] == k]
-            axes.scatter(*points.T, s=6, color=_colour(k), linewidths=0, label=f"{k} {shown.name(k)}")
-        for k in organs:                                                   # the number where the organ's points lie densest
-            points = number["points"][number["organ"] == k]
+            axes.scatter(*points.T, s=9, color=_colour(k), linewidths=0, label=f"{k} {shown.name(k)}")
             densest = cKDTree(points).query(points, range(1, min(10, len(points)) + 1))[0].mean(1).argmin()
-            axes.text(*points[densest], k, weight="bold", ha="center", va="center",
+            axes.text(*points[densest], k, weight="bold", ha="center", va="center", zorder=5,
                       bbox=dict(facecolor="white", alpha=0.75, linewidth=0, pad=0.8))
         means = ", ".join(f"{metric} {score['mean']:.3f}" for metric, score in number["silhouette"].items())
-        axes.set(xticks=[], yticks=[], title=f"{shown.heads[f]}, mean silhouette\n{means}")
+        axes.set(xticks=[], yticks=[], title=f"{shown.heads[f]}; silhouette of all tokens:\n{means}")
     above.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, markerscale=3)
+    width = 0.8 / len(numbers)
     for axes, metric in zip(below.subplots(2, 1, sharex=True), ("euclidean", "cosine")):
         for k, (f, number) in enumerate(numbers.items()):
-            values, width = [*number["silhouette"][metric]["organs"].values(), number["silhouette"][metric]["mean"]], 0.8 / len(numbers)
-            axes.bar(np.arange(len(values)) + (k + 0.5) * width - 0.4, values, 0.9 * width, color=("0.6", *COLOURS[4:])[k % 11], label=shown.heads[f])
+            score = number["silhouette"][metric]
+            values = [*score["organs"].values(), score["mean_of_organs"], score["mean"]]
+            axes.bar(np.arange(len(values)) + (k + 0.5) * width - 0.4, values, 0.9 * width,
+                     color=("0.6", *COLOURS[4:])[k % 11], label=shown.heads[f])
         axes.axhline(0, color="black", linewidth=0.8)
         axes.axvline(len(organs) - 0.5, color="0.6", linewidth=0.8)
         axes.set_ylabel(f"silhouette, {metric}")
     names = [f"{shown.name(k)} ({count})" for k, count in number["tokens"].items()]
-    axes.set_xticks(range(len(organs) + 1), [*names, "all tokens"], rotation=35, ha="right")
+    axes.set_xticks(range(len(organs) + 2), [*names, "mean of organs", "all tokens"], rotation=35, ha="right")
     below.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     figure.savefig(out / "tsne.png")
-    write_json(out / "tsne.json", dict(scans=[s.id for s in scans], perplexity=24, names={k: shown.name(k) for k in organs}, encoders=numbers))
+    write_json(out / "tsne.json", dict(scans=[s.id for s in scans], names={k: shown.name(k) for k in organs}, encoders=numbers))
     return [out / "tsne.png"]
 
 
 def draw_pca(shown, out):
-    """Fig. 6: the first three principal components of a scan's tokens as red, green, blue, and the first alone; central slices."""
+    """Fig. 6: first three principal components of a scan's tokens as red, green, blue, and the first alone; central slices."""
     columns, numbers = [], {}
     for f, heading in shown.heads.items():
         values, share = components(shown.tokens(f))
         low, high = np.percentile(values.reshape(-1, 3), [1, 99], axis=0)
         unit = f"{', '.join(f'{s:.0%}' for s in share)}\nof the variance"
         columns.append((f"{heading}\nfirst three as RGB", np.clip((values - low) / (high - low), 0, 1), {}, unit))
-        columns.append((f"{heading}\nfirst alone", values[..., 0], dict(cmap="cividis", vmin=low[0], vmax=high[0]), "component 1"))
+        look = dict(cmap="cividis", vmin=low[0], vmax=high[0])
+        columns.append((f"{heading}\nfirst alone", values[..., 0], look, "component 1"))
         numbers[f] = dict(share_of_variance=share, components=values.round(5))
     middle = (np.array(shown.grid) // 2 + 0.5) * shown.patch - 0.5
-    plane_sheet(out / "pca.png", shown, middle, columns, f"Principal components of the tokens, scan {shown.scan.id}", mark=False)
+    plane_sheet(out / "pca.png", shown, middle, columns, f"Principal components of the tokens\nscan {shown.scan.id}", mark=False)
     shown.write(out / "pca.json", encoders=numbers)
     return [out / "pca.png"]
 
@@ -1862,22 +1868,22 @@ def draw_correspondence(shown, out):
     i, j = pair["matches"][first][pair["tissue"][everyone]].T
     back = np.linalg.inv(pair["H"])
     if not len(i) or abs(back[2, 2]) < 0.3:
-        raise NoFigure("the config's moves leave no match of tissue, or put the axial plane on edge; try another seed, or less rotation")
+        raise NoFigure("the config's moves leave no match of tissue, or put the axial plane on edge; try another seed or less rotation")
     layers, counts = np.unique(centres[i, 2], return_counts=True)
     layer = layers[counts.argmax()]
     i, j = i[centres[i, 2] == layer], j[centres[i, 2] == layer]
-    spread = far_apart(centres[i], 10)
-    i, j = i[spread], j[spread]
+    few = np.linspace(len(i) - 1, 0, min(10, len(i))).astype(int)          # tokens are ordered by x: spread from left to right
+    i, j = i[few], j[few]
     rows = [("true partners (Eq. 2-3); dotted: the patch of V as H moves it", j, None)]
     for f, heading in shown.heads.items():
         nearest = [block.masked_fill(~pair["valid_"], -2).argmax(1) for block in shown.similar(f, everyone)]
         guess = dict(zip(everyone.tolist(), torch.cat(nearest).tolist()))
         right = {a for a, b in pair["matches"].tolist() if guess[a] == b}
         numbers[f] = dict(predicted=[guess[a] for a in i.tolist()], right=len(right), matched=len(everyone))
-        text = f"most similar, {heading}: {len(right)} of all {len(everyone)} matched patches right (solid; dashed: wrong, by so many mm)"
-        rows.append((text, numbers[f]["predicted"], [a in right for a in i.tolist()]))
+        text = f"most similar, {heading}: {len(right)} of all {len(everyone)} matched patches right"
+        rows.append((f"{text} (dashed: wrong, by so many mm)", numbers[f]["predicted"], [a in right for a in i.tolist()]))
     cuts = [surface(pair[name][0].numpy(), G, layer) for name, G in (("V", np.eye(4)), ("V'", back))]
-    tall = 4.2 * scan.shape[1] * scan.spacing[1] / (scan.shape[0] * scan.spacing[0])
+    tall = min(4.2 * scan.shape[1] * scan.spacing[1] / (scan.shape[0] * scan.spacing[0]), 3.6)     # inches
     title = f"Patches of {shown.patch} voxels, scan {scan.id}: V (left, axial, z = {layer:.4g}) and V' (right)"
     figure = blank(9, 0.4 + (tall + 0.3) * len(rows), title)
     for part, (heading, partner, right) in zip(figure.subfigures(len(rows), 1), rows):
@@ -1895,16 +1901,6 @@ def draw_correspondence(shown, out):
     return [out / "correspondence.png"]
 
 
-def far_apart(points, n):
-    """Indices of n points (t, 3), each the farthest from those before it, sorted from left to right."""
-    chosen = [int(points[:, 0].argmin())]
-    away = np.linalg.norm(points - points[chosen[0]], axis=1)
-    while len(chosen) < min(n, len(points)):
-        chosen.append(int(away.argmax()))
-        away = np.minimum(away, np.linalg.norm(points - points[chosen[-1]], axis=1))
-    return sorted(chosen, key=lambda k: tuple(-points[k]))
-
-
 def surface(volume, G, z):
     """Picture (up, across), the patient's right on the left, of `volume` (x, y, z) where G (4, 4) sends it into the plane `z`."""
     x, y = np.meshgrid(*map(np.arange, volume.shape[:2]), indexing="ij")
@@ -1917,15 +1913,16 @@ def draw_lines(figure, both, shown, start, end, true, right):
     else those that are not right are dashed, with their distance from the true partner."""
     from matplotlib.patches import ConnectionPatch, Polygon, Rectangle
     from matplotlib.patheffects import withStroke
-    p, H, flip, edge = shown.patch, shown.pair["H"], shown.scan.shape[0] - 1, [withStroke(linewidth=2.2, foreground="black")]
+    p, H, flip, text = shown.patch, shown.pair["H"], shown.scan.shape[0] - 1, dict(path_effects=[withStroke(linewidth=2.2, foreground="black")])
     corners = np.array([(-1, -1, 0), (1, -1, 0), (1, 1, 0), (-1, 1, 0)]) * p / 2
+    bright = [c for c in COLOURS if c not in ("#0072B2", "#882255", "#332288", "#999933")]     # ten that show on black
     for n, (a, b, t) in enumerate(zip(start, end, true)):
         fine = right is None or right[n]
-        colour = _colour(n + 1) if right is None else "#56B4E9" if fine else "#E69F00"
+        colour = bright[n] if right is None else "#56B4E9" if fine else "#E69F00"
         ends = [(flip - c[0], c[1]) for c in (a, b)]
         for axes, (x, y) in zip(both, ends):
             axes.add_patch(Rectangle((x - p / 2, y - p / 2), p, p, fill=False, edgecolor=colour, linewidth=1.4))
-            axes.text(x - 0.4 * p, y + 0.4 * p, n + 1, color=colour, size=8, ha="left", va="top", weight="bold", path_effects=edge)
+            axes.text(x - 0.4 * p, y + 0.4 * p, n + 1, color=colour, size=8, ha="left", va="top", weight="bold", **text)
         figure.add_artist(ConnectionPatch(*ends, "data", "data", axesA=both[0], axesB=both[1], color=colour, linewidth=1.1,
                                           linestyle="-" if fine else "--"))
         if right is None:
@@ -1933,15 +1930,16 @@ def draw_lines(figure, both, shown, start, end, true, right):
             both[1].add_patch(Polygon(moved, fill=False, edgecolor="white", linewidth=1, linestyle=":"))
         if not fine:
             off = np.linalg.norm((b - t) * shown.scan.spacing)
-            axes.text(x, y - 0.6 * p, f"{off:.0f} mm", color=colour, size=7, ha="center", va="top", path_effects=edge, clip_on=True)
+            axes.text(x, y - 0.6 * p, f"{off:.0f} mm", color=colour, size=7, ha="center", va="top", clip_on=True, **text)
 
 
 def draw_curves(shown, out):
-    """Losses, matching accuracy, feature spread and learning rate of a pre-training's log.jsonl; loss and validation of a fine-tuning's."""
+    """What log.jsonl tells: of a pre-training losses, matching accuracy, feature spread and learning rate; of a fine-tuning loss,
+    validation, learning rate and gradient norm."""
     path = Path(shown.cfg.runs) / shown.cfg.name / "log.jsonl"
     if not path.exists():
         raise NoFigure(f"{path}: no such log")
-    lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]     # the last may be half
+    lines = [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]     # the last may be half
     panels = [("losses", "loss", {"loss": "sum", "global": "L_g", "p2p": "L_p2p", "p2s": "L_p2s"}),
               ("matching accuracy", "share of matched tokens", {"accuracy": ""}),
               ("feature spread", "0 collapsed, 1 apart", {"spread": ""}),
@@ -1955,7 +1953,7 @@ def draw_curves(shown, out):
     for axes, (title, unit, keys) in zip(figure.subplots(2, 2).flat, [panel for panel in panels if set(panel[2]) & set(curves)]):
         for (key, text), colour, dash in zip(keys.items(), ("black", "#E69F00", "#0072B2", "#D55E00"), ("-", "--", "-", "-.")):
             if key in curves:
-                axes.plot(*curves[key], "." if len(curves[key][0]) < 40 else "", color=colour, linestyle=dash, linewidth=1.6, label=text)
+                axes.plot(*curves[key], "." * (len(curves[key][0]) < 40), color=colour, linestyle=dash, linewidth=1.6, label=text)
         axes.set(title=title, xlabel="step", ylabel=unit)
         axes.grid(color="0.9")
         if "p2p" in keys and "p2p" in curves:
@@ -1972,7 +1970,7 @@ FIGURES = {"similarity": draw_similarity, "distribution": draw_distribution, "ts
 
 
 def figures(cfg, device):
-    """The pictures that cfg.figures names, below <out>/figures. What cannot be made is left out of "all", and an error by name."""
+    """The pictures that cfg.figures names, below <out>/figures. What cannot be made: left out of "all", an error by name."""
     asked = [name.strip() for name in (cfg.figures.split(",") if isinstance(cfg.figures, str) else cfg.figures)]
     unknown = [name for name in asked if name not in (*FIGURES, "all")]
     if unknown:
