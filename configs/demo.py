@@ -28,8 +28,8 @@ scale = (0.85, 1.2)
 shift = (8.0, 8.0, 8.0)         # voxels
 twin_shift = (8.0, 8.0, 8.0)
 
-steps = 250
-warmup = 25
+steps = 400
+warmup = 40
 lr = 3e-3
 batch = 2
 log_every = 10

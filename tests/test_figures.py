@@ -48,6 +48,7 @@ def folder(tmp_path_factory):
     (folder / "x.py").write_text(f"name, runs, cache, data = 'tiny', '{folder}/runs', '{folder}/cache', '{folder}'\n"
                                  f"image, label, crop, workers = 'image{{id}}.nii.gz', 'label{{id}}.nii.gz', (64, 64, 64), 1\n"
                                  f"crop_foreground, rotation, shift, probe_share = False, (8.0, 8.0, 20.0), (6.0, 6.0, 4.0), 0.3\n"
+                                 + "".join(f"jitter_{kind} = (0.0, 0.1)\n" for kind in ("shift", "scale", "gamma", "noise", "blur"))
                                  + "\n".join(f"{k} = {v!r}" for k, v in SMALL.items()))
     return folder
 
@@ -111,6 +112,13 @@ def test_a_query_per_organ_lies_in_its_purest_patch(drawn, folder):
     for query, mine in zip(drawn[1]("similarity")["queries"], share):
         assert mine[tuple(query["token"])] == mine.max()
         np.testing.assert_allclose(query["mm"], np.array(query["voxel"]) * SPACING + (-50, -40, 100))
+
+
+def test_a_patch_reaches_half_a_voxel_beyond_its_voxels(shown):
+    assert shown.cell((7.4, 7.6, -0.4)) == (0, 1, 0) and shown.cell((63.4, 55.4, 55.4)) == (7, 6, 6)
+    for outside in ((63.6, 0, 0), (0, 55.6, 0), (0, 0, -0.6)):
+        with pytest.raises(SystemExit, match="lies in no patch"):
+            shown.cell(outside)
 
 
 def test_query_in_mm_is_the_query_in_voxels(folder):
@@ -178,7 +186,31 @@ def test_correspondence_lines_are_the_matches_of_h(drawn, shown):
         number = content["encoders"][f]
         assert (number["right"], number["matched"]) == (right.sum(), M.any(1).sum())
         assert number["predicted"] == sim.argmax(1)[content["i"]].tolist()
-    torch.testing.assert_close(pair["V"], torch.from_numpy(shown.scan.open().astype(np.float32)))
+    V = torch.from_numpy(shown.scan.open().astype(np.float32))
+    V_ = data.warp(V[None], torch.tensor(content["H"])[None], SHAPE, fill=torch.from_numpy(shown.scan.fill)[None])[0]
+    torch.testing.assert_close(pair["V"], V)
+    torch.testing.assert_close(pair["V'"], V_, rtol=0, atol=1e-4)         # V' is V moved by the H that the file states
+    f = drawn[0][1]
+    for volume, moved in ((V, False), (V_, True)):
+        torch.testing.assert_close(shown.tokens(f, moved), ev.encode(shown.encoder(f), volume, (64,) * 3, P, "cpu", 0.5), rtol=0, atol=5e-3)
+
+
+def test_lines_join_the_centres_of_patches(shown):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    both = figure.subplots(1, 2)
+    (a, b, c), H = shown.centres[[10, 100, 120]], shown.pair["H"]
+    ev.draw_lines(figure, both, shown, [a, b], [b, c], [b, b], [True, False])
+    ev.draw_lines(figure, both, shown, [a], [b], [b], None)
+    def on(point):                                                        # the patient's right comes on the left
+        return pytest.approx((63 - point[0], point[1]))
+    assert [line.xy1 for line in figure.artists] == [on(a), on(b), on(a)] and [line.xy2 for line in figure.artists] == [on(b), on(c), on(b)]
+    assert [line.get_linestyle() for line in figure.artists] == ["-", "--", "-"]
+    squares, texts = [patch for patch in both[1].patches if hasattr(patch, "get_x")], [t.get_text() for t in both[1].texts]
+    assert [(p.get_x() + P / 2, p.get_y() + P / 2) for p in squares] == [on(b), on(c), on(b)]
+    assert texts == ["1", "2", f"{np.linalg.norm((c - b) * SPACING):.0f} mm", "1"]
+    corner = (H @ [*(a + (4, 4, 0)), 1])[:3]
+    outline = both[1].patches[-1].get_xy()
+    assert any(tuple(point) == on(corner) for point in outline) and len(outline) == 5
 
 
 def test_surface_shows_the_same_tissue_at_both_ends_of_a_line():
