@@ -380,8 +380,10 @@ def test_two_processes_follow_one(tmp_path, abdomens):
     one, two = (log_of(tmp_path / "runs" / name) for name in ("one", "two"))
     assert [line.get("step") for line in one] == [line.get("step") for line in two] == [None, 1, 2, 2]
     for a, b in zip(one[1:], two[1:]):
-        assert [a.get(key) for key in ("loss", "val")] == pytest.approx([b.get(key) for key in ("loss", "val")], abs=1e-4)
-        assert a.get("grad_norm") == pytest.approx(b.get("grad_norm"), rel=1e-3)
+        for key, reach in (("loss", dict(abs=1e-4)), ("val", dict(abs=1e-4)), ("grad_norm", dict(rel=1e-3))):
+            assert (key in a) == (key in b)
+            if key in a:
+                assert a[key] == pytest.approx(b[key], **reach)
     # AdamW's first steps are a sign for each weight, whatever the size of its gradient, and where that is below the rounding it
     # may fall either way: the gradients (first moments) are compared as a whole, the weights where there is a gradient
     one, two = (torch.load(tmp_path / f"runs/{name}/last.pt", weights_only=True) for name in ("one", "two"))
@@ -748,7 +750,7 @@ def test_encoder_is_loaded_whole_and_its_preprocessing_compared(small, monkeypat
     assert [line.strip() for line in lines] == [
         "preprocessing differs: window was (-1000.0, 1000.0) in training, is (-175.0, 250.0) here",
         "preprocessing differs: spacing was () in training, is (1.5, 1.5, 2.0) here"]
-    assert "loaded 134 of 134" in capsys.readouterr().out
+    assert "loaded 126 of 126" in capsys.readouterr().out
     encoder_file(small.parent / "encoder.pt")
     finetune.start_from(network, cfg, lines.append)
     assert lines[2:] == [f"{cfg.init} does not say under which preprocessing it was trained"]

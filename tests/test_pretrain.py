@@ -174,9 +174,10 @@ def killed(place):
 
 
 DRIVER = """
-import json, os, sys
+import faulthandler, json, os, sys
 import torch.distributed as dist
 import pretrain
+faulthandler.dump_traceback_later(300, exit=True)                   # says where it waits, if it does
 rank = int(os.environ["RANK"])
 os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"                # it would still hold the addresses of the run before
 for number, (port, runs) in enumerate(json.load(open(sys.argv[1]))):
