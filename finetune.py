@@ -275,6 +275,7 @@ def main(argv):
                  | {"optimizer": optimizer.state_dict(), "best": best})
     say(f"{cfg.steps} steps in {data.clock(time.time() - began)}; best val {' '.join(task.best[1:])} {best:.4f}: {run}/best.pt")
     if ranks > 1:
+        del model                                                   # before its process group: the other way round gloo may hang
         dist.destroy_process_group()
 
 

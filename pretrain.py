@@ -363,6 +363,7 @@ def main(argv):
                                        arguments=student.encoder.arguments, preprocessing=data.preprocessing(cfg), config=resolved))
     say(f"{cfg.steps} steps in {data.clock(time.time() - began)}; encoder: {run}/encoder.pt")
     if ranks > 1:
+        del model                                                   # before its process group: the other way round gloo may hang
         dist.destroy_process_group()
 
 

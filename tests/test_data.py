@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import gzip
 import json
+import locale
 import math
 import os
 import shutil
@@ -246,6 +247,7 @@ def same_scan(one, other):
 
 def write_dicom(folder, sitk, image, leave_out=(), series="1.2.3.4.5"):
     folder.mkdir(exist_ok=True)
+    before = locale.setlocale(locale.LC_CTYPE)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
     turn = np.array(image.GetDirection()).reshape(3, 3)
@@ -259,6 +261,7 @@ def write_dicom(folder, sitk, image, leave_out=(), series="1.2.3.4.5"):
             page.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"{series}_{k * 7 % 9}.dcm"))   # names out of order: places decide
         writer.Execute(page)
+    locale.setlocale(locale.LC_CTYPE, before)                           # GDCM leaves "C": open() would read ASCII
     return folder
 
 
