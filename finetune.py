@@ -200,7 +200,7 @@ def main(argv):
         return
     if cfg.compile:
         network.compile()
-    model = DistributedDataParallel(network, [local] if cuda else None, broadcast_buffers=False) if ranks > 1 else network
+    model = DistributedDataParallel(network, [local] if cuda else None, forward_sync_buffers=False) if ranks > 1 else network
     bf16 = cfg.bf16 and cuda and torch.cuda.is_bf16_supported()
 
     # the batches

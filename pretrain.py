@@ -274,7 +274,7 @@ def main(argv):
     if cfg.compile:
         student.encoder.compile()
         teacher.encoder.compile()
-    model = DistributedDataParallel(student, [local] if cuda else None, broadcast_buffers=False) if ranks > 1 else student
+    model = DistributedDataParallel(student, [local] if cuda else None, forward_sync_buffers=False) if ranks > 1 else student
     bf16 = cfg.bf16 and cuda and torch.cuda.is_bf16_supported(including_emulation=False)
 
     # the batches

@@ -259,8 +259,9 @@ def test_checkpointing_changes_memory_and_nothing_else():
         kept.append(sum(n for at, n in stored.items() if at not in weights))
         loss.backward()
         nets.append(net)
-    for p, q in zip(*(net.parameters() for net in nets)):
-        assert torch.equal(p.grad, q.grad)
+    largest = max(p.grad.abs().max().item() for p in nets[0].parameters())
+    for p, q in zip(*(net.parameters() for net in nets)):                   # several threads add up in any order
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6 * largest)
     assert kept[1] < 0.4 * kept[0], kept
 
 

@@ -324,7 +324,7 @@ def test_complete_run_says_so_and_changes_nothing(place, ten, capsys):
 def test_resumption_with_another_learning_rate_is_refused(place, killed):
     before = (killed / "last.pt").read_bytes(), (killed / "log.jsonl").read_bytes()
     text = ends(within, place, argv(place, runs=killed.parent, **TEN | dict(lr=2e-3)))
-    assert "lr was 0.0005, now 0.002" in text and "killed/ten/last.pt" in text
+    assert "lr was 0.0001, now 0.002" in text and "killed/ten/last.pt" in text
     assert before == ((killed / "last.pt").read_bytes(), (killed / "log.jsonl").read_bytes())
 
 
