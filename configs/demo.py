@@ -10,6 +10,7 @@ scans = "demo_ct/train/imagesTr/*.nii.gz"
 probe_image = "demo_ct/unseen/imagesTr/phantom_{id}.nii.gz"
 probe_label = "demo_ct/unseen/labelsTr/phantom_{id}.nii.gz"
 probe_crop = (96, 96, 96)       # the whole scan
+window = (-175.0, 250.0)        # HU; soft tissue, as VoCo pre-trains: between air and bone the organs differ by a few per cent
 slab = (64, 64, 64)             # voxels of 3 mm
 crop = (64, 64, 64)             # one crop a slab
 workers = 2

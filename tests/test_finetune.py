@@ -740,7 +740,7 @@ def init_file(path, **other):
 
 def test_encoder_is_loaded_whole_and_its_preprocessing_compared(small, monkeypatch, capsys):
     encoder = init_file(small.parent / "encoder.pt")
-    cfg = settings("demo_segmentation", finetune.Config, init=str(small.parent / "encoder.pt"), window=(-175.0, 250.0),
+    cfg = settings("demo_segmentation", finetune.Config, init=str(small.parent / "encoder.pt"), window=(-160.0, 240.0),
                    spacing=(1.5, 1.5, 2.0), **NETWORK)
     torch.manual_seed(5)
     network, lines = ev.TASKS["segmentation"].network(cfg), []
@@ -748,7 +748,7 @@ def test_encoder_is_loaded_whole_and_its_preprocessing_compared(small, monkeypat
     for name, value in encoder.state_dict().items():
         assert torch.equal(network.encoder.state_dict()[name], value)
     assert [line.strip() for line in lines] == [
-        "preprocessing differs: window was (-1000.0, 1000.0) in training, is (-175.0, 250.0) here",
+        "preprocessing differs: window was (-175.0, 250.0) in training, is (-160.0, 240.0) here",
         "preprocessing differs: spacing was () in training, is (1.5, 1.5, 2.0) here"]
     assert "loaded 126 of 126" in capsys.readouterr().out
     encoder_file(small.parent / "encoder.pt")
