@@ -652,14 +652,14 @@ def image_sheet(path, source, truth, prediction, spacing, title):
     axes = figure.subplots(3, 4)
     columns = (("input", source, "gray", *np.percentile(source, [0.5, 99.8])), ("target", truth, "gray", low, high),
                ("prediction", prediction, "gray", low, high), ("prediction - target", prediction - truth, "RdBu_r", -reach, reach))
-    for row, plane in zip(axes, PLANES):
+    for k, (row, plane) in enumerate(zip(axes, PLANES)):
         for axis, (name, volume, colours, least, most) in zip(row, columns):
             drawn = axis.imshow(_cut(plane, centre, volume)[0], cmap=colours, vmin=least, vmax=most, origin="lower",
                                 aspect=spacing[plane[3]] / spacing[plane[2]], interpolation="bilinear")
             axis.set_axis_off()
-            axis.set_title(f"{name}, {plane[0]}" if row is axes[0] else plane[0], fontsize=9)
+            axis.set_title(f"{name}, {plane[0]}" if k == 0 else plane[0], fontsize=9)
             _letters(axis, plane[4])
-            if row is axes[2]:
+            if k == 2:
                 figure.colorbar(drawn, ax=axis, location="bottom", shrink=0.8)
     figure.savefig(path, dpi=110)
 

@@ -12,7 +12,7 @@ label = "demo_ct/{set}/labelsTr/phantom_{id}.nii.gz"
 labels = {1: "spleen", 2: "R kidney", 3: "L kidney", 4: "gallbladder", 5: "esophagus", 6: "liver", 7: "stomach", 8: "aorta", 9: "IVC",
           10: "portal+splenic v.", 11: "pancreas", 12: "R adrenal", 13: "L adrenal"}
 val = "train_02*"               # four of the 24
-test = ("unseen_100*", "unseen_101[0-5]")    # 16 subjects that pre-training has not seen either
+test = "unseen_*"               # 32 subjects that pre-training has not seen either
 label_fraction = 0.1            # 2 of the other 20
 window = (-175.0, 250.0)        # HU, as in configs/demo.py
 crop = (64, 64, 64)

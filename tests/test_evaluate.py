@@ -491,3 +491,14 @@ def test_contact_sheet_is_drawn(tmp_path):
     assert coloured["none"] == 0 < coloured["false"] and coloured["both"] > coloured["false"] > 0.02       # lines over a fill
     with pytest.raises(ValueError, match="contact_sheet"):
         ev.contact_sheet(tmp_path / "x.png", voxels, truth[1:], truth, spacing, "x")
+
+
+def test_image_sheet_names_its_columns_and_shows_their_scales(monkeypatch):
+    figures = pytest.importorskip("matplotlib.figure")
+    kept = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *_, **__: kept.append(self))
+    target = np.random.default_rng(0).normal(size=(9, 8, 7))
+    ev.image_sheet("sheet.png", target + 1, target, target * 2, (1, 1, 2), "case")
+    titles = [axis.get_title() for axis in kept[0].axes]
+    assert titles[:4] == ["input, axial", "target, axial", "prediction, axial", "prediction - target, axial"]
+    assert titles[4:12] == ["coronal"] * 4 + ["sagittal"] * 4 and len(titles) == 16         # four colour bars
