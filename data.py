@@ -48,7 +48,7 @@ class Config:
     probe_image: str | tuple = ()   # labelled scans that evaluate.py probes an encoder with; default image, label, datalist above
     probe_label: str = ""
     probe_datalist: str = ""
-    probe_crop: tuple = ()          # voxels that the encoder sees at once there, () as `crop`; larger is faster and shows more around
+    probe_crop: tuple = ()          # voxels that the encoder sees at once there, () as `crop`; larger is faster
     exclude: str | tuple = ()       # ids (or patterns of ids) left out on purpose
     labels: dict = dataclasses.field(default_factory=dict)   # {id: name} of every class but background; {} accepts any id
     remap: dict = dataclasses.field(default_factory=dict)    # {id in the file: id in `labels`}
@@ -137,6 +137,7 @@ def to_ras(voxels, affine):
 
 
 def spacing_of(affine):
+    """(3,) mm along the voxel axes of an affine (4, 4)."""
     return np.sqrt((affine[:3, :3] ** 2).sum(0))
 
 
@@ -282,6 +283,7 @@ def _one_line(error):
 # find cases
 
 def root(cfg):
+    """Folder of the data: the environment variable S2DC_DATA, else cfg.data."""
     return Path(os.environ.get("S2DC_DATA") or cfg.data)
 
 
@@ -553,6 +555,7 @@ FIRST_PER_CLASS = 4096              # foreground positions kept per class and sc
 
 
 def cache_folder(cfg):
+    """Where the scans of this config lie preprocessed: another folder for every other preprocessing."""
     key = json.dumps(preprocessing(cfg), sort_keys=True, default=list)
     return Path(cfg.cache) / f"{cfg.dataset}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
@@ -567,6 +570,7 @@ def cache_name(case):
 
 
 def read_index(folder):
+    """{name: record} of the scans in a cache folder, {} of none."""
     try:
         return json.loads((folder / "index.json").read_text())["scans"]
     except FileNotFoundError:

@@ -1,9 +1,16 @@
 """Stage 3: score a network as the field does, and show what it learned.
 
-Five parts, pure functions on arrays: 1. sliding window, and back to the scan's own grid; 2. metrics; 3. statistics;
-4. probes of features; 5. pictures.  numpy arrays and CPU tensors are both welcome in 2 to 5.
+    python evaluate.py configs/btcv.py --name=btcv                                     scores, predictions, contact sheets
+    python evaluate.py configs/btcv.py --name=btcv --images="scans/*.nii.gz" --out=there    scans without labels
+    python evaluate.py configs/demo.py --probe                                         what an encoder knows without labels
+    python evaluate.py configs/demo.py --figures=all                                   .. and in pictures
+    python evaluate.py configs/study.py --study                                        many small runs, one table
+
+Pure functions on arrays first: 1. sliding window, and back to the scan's own grid; 2. metrics; 3. statistics; 4. probes of
+features; 5. pictures (numpy arrays and CPU tensors are both welcome in 2 to 5). Then what the commands are made of: 6. tasks;
+7. splits; 8. predictions and scores of cases; 9. results; 10. features of an encoder; 11. figures; 12. the study.
 Axis letters: b batch, c channel, k class, x y z voxels (RAS+: to the patient's right, front and head), n cases, t tokens.
-scikit-learn and matplotlib are needed by parts 4 and 5 alone and imported there.
+scikit-learn and matplotlib are needed by probes and pictures alone and imported there.
 """
 import csv
 import dataclasses
@@ -801,6 +808,7 @@ class Config(data.Config):
 
 
 def swin(cfg):
+    """Arguments of the encoder."""
     keys = ("feature_size", "depths", "num_heads", "window_size", "v2", "merge", "checkpointing")
     return {key: getattr(cfg, key) for key in keys}
 
@@ -811,6 +819,7 @@ def names_of(cfg):
 
 
 def image_network(cfg):
+    """SwinUNETR with one output per target image; with cfg.residual it starts as the identity."""
     network = SwinUNETR(cfg.in_channels, max(1, len(data._tuple(cfg.target))), **swin(cfg))
     if cfg.residual:                                                    # the correction starts at none
         torch.nn.init.zeros_(network.out.weight)
@@ -819,6 +828,7 @@ def image_network(cfg):
 
 
 def segmentation_loss(output, truth, cfg):
+    """Dice + cross-entropy of logits (b, k, x, y, z): softmax over classes, or sigmoid per region -> ()."""
     label = truth["label"]                                              # (b, 1, x, y, z) ids
     if cfg.regions:
         masks = [torch.isin(label, label.new_tensor(group)) for group in cfg.regions.values()]
@@ -827,6 +837,7 @@ def segmentation_loss(output, truth, cfg):
 
 
 def translation_loss(output, truth, cfg):
+    """L1 + L2 of (b, c, x, y, z) over the tissue of the target -> ()."""
     return losses.masked_l1_l2(output, truth["target"], tissue(truth["target"], truth["target_fill"]))
 
 
@@ -837,6 +848,7 @@ def tissue(target, fill):
 
 @dataclasses.dataclass
 class Task:
+    """All that differs between the four tasks."""
     network: Callable               # cfg -> network
     loss: Callable                  # output, {"label" (b, 1, x, y, z), "class" (b,), "target" (b, c, x, y, z), "target_fill"}, cfg -> ()
     ready: Callable                 # output, cfg -> probabilities, or the predicted image itself
@@ -856,12 +868,12 @@ TASKS = {
         ready=lambda output, cfg: output.softmax(1),
         score=lambda *case: score_classification(*case), best=("scans", "balanced_accuracy", "all")),
     "reconstruction": Task(
-        network=lambda cfg: image_network(cfg),
+        network=image_network,
         loss=lambda output, truth, cfg: losses.reconstruction_loss(output, truth["target"], cfg.data_range or 1.0),
         ready=lambda output, cfg: output,
         score=lambda *case: score_image(*case), best=("preprocessed", "psnr", "whole")),
     "translation": Task(
-        network=lambda cfg: image_network(cfg),
+        network=image_network,
         loss=translation_loss,
         ready=lambda output, cfg: output,
         score=lambda *case: score_image(*case), best=("preprocessed", "psnr", "tissue")),
@@ -869,6 +881,7 @@ TASKS = {
 
 
 def forward(network, image, cfg):
+    """float32 output of a network; with cfg.residual added to the first input channels. (b, c, x, y, z), or (b, k) for classes."""
     output = network(image).float()
     return output + image[:, :output.shape[1]] if cfg.residual else output
 
@@ -1055,7 +1068,7 @@ def predict(networks, scan, cfg, device):
     volume = torch.from_numpy(np.ascontiguousarray(scan.open())).float()[None]
     fill = rearrange(torch.from_numpy(scan.fill), "c -> c 1 1 1")       # around the scan each channel has its own, as in training
     mirrored = list(itertools.chain.from_iterable(itertools.combinations((2, 3, 4), n) for n in range(4))) if cfg.flips else [()]
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     for network in networks:
         network.eval()
         for axes in mirrored:
@@ -1123,6 +1136,7 @@ def on_scan(ready, scan, affine, shape, cfg):
 
 
 def score_classification(ready, scan, cfg, full):
+    """Probabilities (k,) of a case and its true class, from which `summarise` makes accuracy, AUC and confusion over all cases."""
     return {"scans": {"probability": {str(k): float(p) for k, p in enumerate(ready)}, "class": {"true": scan.case["class"]}}}
 
 
@@ -1334,6 +1348,7 @@ def preprocessing_differences(then, cfg):
 
 
 def check_channels(scans, cfg):
+    """The scans, or one line that names the first with other than cfg.in_channels channels."""
     for scan in scans:
         if scan.record["channels"] != cfg.in_channels:
             raise SystemExit(f"{scan.case['images'][0]}: the scan has {scan.record['channels']} channels, in_channels = {cfg.in_channels}")
@@ -1352,6 +1367,7 @@ def check_unseen(files, scans, cfg):
 
 
 def versions():
+    """What a result was made with: library versions, commit of this repository or "unknown", device, command line."""
     here = Path(__file__).resolve().parent
     git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
     return dict(torch=str(torch.__version__), numpy=np.__version__, nibabel=nib.__version__, commit=git.stdout.strip() or "unknown",
@@ -2102,6 +2118,7 @@ def study_table(results, cfg):
 
 
 def write_json(path, content):
+    """Written aside and renamed; arrays become lists."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{os.getpid()}-{path.name}")
     aside.write_text(json.dumps(content, indent=1, default=lambda v: v.tolist() if hasattr(v, "tolist") else list(v)))

@@ -56,7 +56,7 @@ class Config(evaluate.Config):
     clip: float = 1.0               # largest gradient norm; ours
     batch: int = 4                  # crops per optimizer step over all processes = cases x crops_per_case
     accumulate: int = 1
-    bf16: bool = True
+    bf16: bool = True               # bfloat16 autocast on GPUs that have it
     compile: bool = False
     log_every: int = 20             # steps
     eval_every: int = 1200          # steps between validations; released code: 50 epochs
@@ -76,6 +76,7 @@ def lr_at(step, cfg):
 
 
 def check(cfg, ranks):
+    """Refuse a configuration that cannot run, one line, before anything is read."""
     evaluate.check(cfg)
     rules = [
         (cfg.batch > 0 and cfg.accumulate > 0 and cfg.batch % (ranks * cfg.accumulate) == 0,
@@ -201,7 +202,7 @@ def main(argv):
     if cfg.compile:
         network.compile()
     model = DistributedDataParallel(network, [local] if cuda else None, forward_sync_buffers=False) if ranks > 1 else network
-    bf16 = cfg.bf16 and cuda and torch.cuda.is_bf16_supported()
+    bf16 = cfg.bf16 and cuda and torch.cuda.is_bf16_supported(including_emulation=False)
 
     # the batches
     classes = {case["id"]: case["class"] for case in parts["train"]} if cfg.task == "classification" else None
@@ -209,7 +210,7 @@ def main(argv):
     loader = torch.utils.data.DataLoader(crops, batch_sampler=list(places(cfg, rank, ranks, first)), num_workers=cfg.workers,
                                          collate_fn=data.collate, pin_memory=cuda)
     batches = iter(loader)
-    taught = {"subjects": sorted({case["subject"] for case in parts["train"]})}     # so that nobody is scored on them by mistake
+    subjects = sorted({case["subject"] for case in parts["train"]})
     where = evaluate.versions() | dict(started=datetime.datetime.now().isoformat(timespec="seconds"))
     say(f"{ranks} x {where['device']}, {'bfloat16' if bf16 else 'float32'}, {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M "
         f"parameters, {len(train)} scans train, {len(val)} choose; batch {cfg.batch} crops of {cfg.crop}; steps {first} to {cfg.steps}")
@@ -268,10 +269,10 @@ def main(argv):
             if rank == 0:
                 write_log(run, {"step": done, "val": score, "metric": name})
                 if better:
-                    save(run / "best.pt", checkpoint(network, cfg, done, score, resolved, where) | taught)
+                    save(run / "best.pt", checkpoint(network, cfg, done, score, subjects, resolved, where))
             tick = time.time()
         if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
-            save(run / "last.pt", checkpoint(network, cfg, done, best, resolved, where) | taught
+            save(run / "last.pt", checkpoint(network, cfg, done, best, subjects, resolved, where)
                  | {"optimizer": optimizer.state_dict(), "best": best})
     say(f"{cfg.steps} steps in {data.clock(time.time() - began)}; best val {' '.join(task.best[1:])} {best:.4f}: {run}/best.pt")
     if ranks > 1:
@@ -279,17 +280,21 @@ def main(argv):
         dist.destroy_process_group()
 
 
-def checkpoint(network, cfg, step, score, resolved, where):
+def checkpoint(network, cfg, step, score, subjects, resolved, where):
+    """Content of best.pt. subjects: those that trained, so that evaluate.py scores nobody of them by mistake."""
     return dict(format="s2dc/finetune", model=network.state_dict(), arguments=network.arguments, preprocessing=data.preprocessing(cfg),
-                task=cfg.task, step=step, score=score, config=resolved, commit=where["commit"], torch=where["torch"])
+                task=cfg.task, step=step, score=score, subjects=subjects, config=resolved, commit=where["commit"], torch=where["torch"])
 
 
 def start_log(run, cfg, where, first):
+    """The resolved config, and a log that ends where the checkpoint does."""
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.py").write_text(f'"""{run.name}, as resolved."""\n{configs.dump(cfg)}\n')
-    if (run / "log.jsonl").exists():                                # forget what was logged after the checkpoint
+    if (run / "log.jsonl").exists():
         lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
-        (run / "log.jsonl").write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x).get("step", 0) <= first))
+        kept = [x for x in lines if x.endswith("\n") and json.loads(x).get("step", 0) <= first]
+        (run / "log.tmp").write_text("".join(kept))
+        os.replace(run / "log.tmp", run / "log.jsonl")
     write_log(run, where | {"resumed": first})
 
 

@@ -360,6 +360,7 @@ def dice_bce(logits, target, smooth=1e-5):
 
 
 def dice_loss(p, y, smooth):
+    """1 - soft Dice of probabilities p and truth y, (b, k, x, y, z), mean over samples and classes -> ()."""
     overlap, size = (p * y).sum(dim=(2, 3, 4)), p.sum(dim=(2, 3, 4)) + y.sum(dim=(2, 3, 4))
     return (1 - (2 * overlap + smooth) / (size + smooth)).mean()
 

@@ -238,7 +238,7 @@ def itk_volume(shape=(6, 7, 9)):
     return sitk, image
 
 
-def same_scan(one, other):
+def assert_same_scan(one, other):
     (a, a_spacing, a_affine), (b, b_spacing, b_affine) = data.read_volume(one), data.read_volume(other)
     np.testing.assert_array_equal(a, b)
     np.testing.assert_allclose(a_spacing, b_spacing, atol=1e-4)
@@ -270,8 +270,8 @@ def test_other_formats_lie_where_the_same_nifti_lies(tmp_path):
     sitk.WriteImage(image, str(tmp_path / "a.nii.gz"))                  # SimpleITK turns the axes of the world itself
     for name in ("a.mha", "a.mhd", "a.nrrd"):
         sitk.WriteImage(image, str(tmp_path / name))
-        same_scan(tmp_path / "a.nii.gz", tmp_path / name)
-    same_scan(tmp_path / "a.nii.gz", write_dicom(tmp_path / "series", sitk, image))
+        assert_same_scan(tmp_path / "a.nii.gz", tmp_path / name)
+    assert_same_scan(tmp_path / "a.nii.gz", write_dicom(tmp_path / "series", sitk, image))
 
 
 def test_other_formats_are_refused_in_one_line(tmp_path):
@@ -352,7 +352,7 @@ def test_the_program_says_of_every_bad_file_what_its_index_says(tmp_path):
     assert sorted(name.rsplit("-", 1)[0] for name in cached) == sorted(c["id"] for c in cases if c["expect"] == "accept")
     for case in cases:
         if "equals" in case or "equals_after_ras" in case:
-            same_scan(Path(REAL) / case["image"], Path(REAL) / "bad" / "ok_control.nii.gz")
+            assert_same_scan(Path(REAL) / case["image"], Path(REAL) / "bad" / "ok_control.nii.gz")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from scipy import ndimage
 
 import evaluate as ev
@@ -181,7 +182,7 @@ def test_dice_equals_monai_and_knows_absent_classes():
     p[p == 3] = 0                                                         # 3 absent from the prediction, 5 and 6 from the truth
     p[0, 0, 0] = 5
     found = ev.dice(p.astype(np.uint8), torch.from_numpy(t), 7)
-    onehot = [torch.nn.functional.one_hot(torch.from_numpy(a), 7).permute(3, 0, 1, 2)[None].float() for a in (p, t)]
+    onehot = [rearrange(torch.nn.functional.one_hot(torch.from_numpy(a), 7), "x y z k -> 1 k x y z").float() for a in (p, t)]
     expected = meandice.compute_dice(*onehot, ignore_empty=False)[0].numpy()
     assert found.shape == (7,) and found[3] == 0 and found[5] == 0 and np.isnan(found[6])
     np.testing.assert_allclose(found[:6], expected[:6], atol=1e-6)
@@ -211,7 +212,7 @@ def test_hausdorff95_equals_monai(spacing):
     metrics = pytest.importorskip("monai.metrics")
     p, t = blobs((24, 28, 22), 4, 0), blobs((24, 28, 22), 4, 9)
     metric = metrics.HausdorffDistanceMetric(include_background=True, percentile=95, reduction="none")
-    onehot = [torch.nn.functional.one_hot(torch.from_numpy(a), 4).permute(3, 0, 1, 2)[None].float() for a in (p, t)]
+    onehot = [rearrange(torch.nn.functional.one_hot(torch.from_numpy(a), 4), "x y z k -> 1 k x y z").float() for a in (p, t)]
     expected = metric(*onehot, spacing=spacing)[0].numpy()
     found = [ev.hausdorff95(p == c, t == c, spacing) for c in range(4)]
     np.testing.assert_allclose(found, expected, rtol=1e-5)

@@ -2,12 +2,14 @@
 import dataclasses
 import itertools
 import json
+import re
 import struct
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 
 import configs
 import data
@@ -298,9 +300,9 @@ def test_overlapping_crops_give_the_most_central_token(size, crop, overlap, patc
         starts = sorted({*range(0, padded - crop + 1, step), padded - crop})
         for t in range(s // patch):
             depths = [min(t - a // patch, n - 1 - (t - a // patch)) for a in starts]
-            index = found[axis].movedim(axis, 0)[t].unique()
+            index = found[axis].select(axis, t).unique()
             assert len(index) == 1 and min(index.item(), n - 1 - index.item()) == max(depths)
-        place = found[3 + axis].movedim(axis, 0).flatten(1)
+        place = rearrange(found[3 + axis], ("x y z -> x (y z)", "x y z -> y (x z)", "x y z -> z (x y)")[axis])
         assert (place == torch.arange(s // patch)[:, None] * patch + patch // 2).all()     # and it shows its own voxels
 
 
@@ -323,7 +325,6 @@ def refusal(folder, *argv):
     (["--figures=curves", "--name=other"], "curves: .*no such log"), (["--figures=tsne", "--label="], "tsne: the scans have no labels"),
     (["--figures=correspondence", "--rotation=(0, 0, 0)", "--shift=(500, 500, 500)"], "correspondence: .*no match")])
 def test_refusals(folder, argv, text):
-    import re
     assert re.search(text, refusal(folder, *argv))
 
 

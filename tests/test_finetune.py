@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 
 import configs
 import data
@@ -472,7 +473,7 @@ def subjects(part):
 
 
 def apart(parts):
-    """No subject in two parts, nobody lost."""
+    """No subject in two parts."""
     pairs = itertools.combinations([part for part in parts if part != "test" or parts["test"] is not parts["val"]], 2)
     return all(not subjects(parts[a]) & subjects(parts[b]) for a, b in pairs)
 
@@ -633,6 +634,9 @@ def encoder_file(path, **other):
 def test_an_unspoilt_set_trains(small, monkeypatch, capsys):
     for config, base in (("demo_segmentation", SMALL), ("demo_classification", TABLE)):
         here(monkeypatch, capsys, small.parent, small, finetune.main, config, *flags(**base, **SHORT | dict(steps=1)))
+        run = small.parent / "runs" / config
+        assert [line.get("step") for line in log_of(run)] == [None, 1, 1] and np.isfinite(log_of(run)[1]["loss"])
+        assert torch.load(run / "best.pt", weights_only=True)["subjects"] == ["0", "1"]
 
 
 @pytest.mark.parametrize("file, text", [
@@ -844,7 +848,7 @@ def test_every_positive_crop_shows_the_class_that_was_drawn(scans, moves):
 
 
 def test_image_and_label_go_through_one_matrix(scans):
-    x = np.indices((40, 44, 36)).transpose(1, 2, 3, 0)
+    x = rearrange(np.indices((40, 44, 36)), "c x y z -> x y z c")
     label = (((x - [18, 22, 17]) / [11, 7, 9]) ** 2).sum(-1) < 1
     found, cfg = scans([label], rotation=(40.0, 40.0, 40.0), scale=(0.7, 1.3), shear=0.2, shift=(5.0, 5.0, 5.0),
                        flip=(0.5, 0.5, 0.5), crop=(32, 32, 32))
@@ -909,7 +913,7 @@ def perfect(scan, cfg):
     truth = torch.from_numpy(scan.open("label")[0].astype(np.int64))
     if cfg.regions:
         return ev.masks_of(truth, cfg).float()
-    return torch.nn.functional.one_hot(truth, 1 + max(cfg.labels)).permute(3, 0, 1, 2).float()
+    return rearrange(torch.nn.functional.one_hot(truth, 1 + max(cfg.labels)), "x y z k -> k x y z").float()
 
 
 @pytest.fixture
@@ -956,7 +960,7 @@ def test_hand_made_dice_and_absent_classes(scans):
     guess = np.zeros(label.shape, int)
     guess[4:8, 2:6, 2:6] = 1                                # 64, half of them in common
     guess[0, 0, 0] = 2                                      # absent from the truth alone; 3 from both
-    ready = torch.nn.functional.one_hot(torch.from_numpy(guess), 4).permute(3, 0, 1, 2).float()
+    ready = rearrange(torch.nn.functional.one_hot(torch.from_numpy(guess), 4), "x y z k -> k x y z").float()
     for grid, scores in ev.score_segmentation(ready, scan, cfg, full=True).items():
         assert scores["dice"]["cube"] == 0.5 and scores["dice"]["ghost"] == 0 and np.isnan(scores["dice"]["nothing"])
         assert scores["dice"]["mean"] == 0.25               # NaN is left out, 0 is not
@@ -1019,8 +1023,7 @@ def checkpoint_file(path, cfg, seed, subjects=(), **other):
     for p in network.parameters():                          # untrained outputs hardly differ
         p.data *= 1.5
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = finetune.checkpoint(network, cfg, 0, 0.0, dataclasses.asdict(cfg) | other, ev.versions())
-    save(path, content | {"subjects": list(subjects)})
+    save(path, finetune.checkpoint(network, cfg, 0, 0.0, list(subjects), dataclasses.asdict(cfg) | other, ev.versions()))
     return network.eval()
 
 

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from torch import nn
 
 import model as model_file

@@ -13,7 +13,7 @@ import pytest
 from scipy import ndimage, stats
 
 import phantom as ph
-from phantom import ID, ORGANS, phantom, write
+from phantom import ID, phantom, write
 
 PROGRAM = Path(ph.__file__)
 

@@ -132,7 +132,7 @@ def flat(tree, name=""):
     return {name: tree}
 
 
-def assert_follows(run, other, tolerance=1e-4):
+def assert_follows(run, other):
     """All weights, the queue, the logged terms and the gradients agree, which were computed in another order.
 
     AdamW turns a gradient below the rounding into a step of full size, either way: so the learning rate is small, and the running
@@ -144,14 +144,14 @@ def assert_follows(run, other, tolerance=1e-4):
         mine, theirs = flat(a[part]), flat(b[part])
         assert mine.keys() == theirs.keys()
         for name in mine:
-            torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=tolerance, msg=lambda m: f"{part}{name}: {m}")
-    mine, theirs = (torch.cat([s["exp_avg"].flatten() for s in run["optimizer"]["state"].values()]) for run in (a, b))
+            torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=1e-4, msg=lambda m: f"{part}{name}: {m}")
+    mine, theirs = (torch.cat([s["exp_avg"].flatten() for s in state["optimizer"]["state"].values()]) for state in (a, b))
     assert (mine - theirs).norm() < 1e-3 * theirs.norm()
     (_, lines), (_, others) = log(run), log(other)
     assert [line["step"] for line in lines] == [line["step"] for line in others]
     for mine, theirs in zip(lines, others):                         # accuracy is a mean of shares, of other sets of tokens
         for key in (*TERMS, "matches", "spread", "lr"):
-            assert mine[key] == pytest.approx(theirs[key], abs=tolerance), (mine["step"], key)
+            assert mine[key] == pytest.approx(theirs[key], abs=1e-4), (mine["step"], key)
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
 
 
