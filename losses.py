@@ -10,7 +10,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import einsum, rearrange, reduce
 from torch.utils.checkpoint import checkpoint
 
 LOW = -1e30                             # log of "nothing": finite, so that a softmax over nothing has gradient 0 instead of NaN
@@ -334,19 +334,30 @@ def non_match_rows(q, k, valid, valid_, matches, size):
 
 
 @full_precision
-def dice_ce(logits, target, background=True, smooth=1e-5):
+def dice_ce(logits, target, background=True, smooth=1e-5, balance=0.0):
     """Softmax Dice + cross-entropy, for classes that exclude each other -> (); 0: certain and right.
 
     logits (b, k, x, y, z);  target (b, x, y, z) or (b, 1, x, y, z), integer ids 0 .. k - 1
     Dice = (2 sum p y + smooth) / (sum p + sum y + smooth) per sample and class, 1 - its mean. A class that a sample lacks costs
     nearly 1 unless it is predicted nowhere. background=False leaves class 0 out of Dice, never out of the cross-entropy.
+    The cross-entropy weighs a voxel by (share of its class in the sample) ** -balance: 0 all voxels alike, 1 all classes alike.
     """
     if target.is_floating_point():
         raise ValueError(f"target: expected integer class ids, found {target.dtype}")
     target = rearrange(target, "b 1 x y z -> b x y z" if target.ndim == 5 else "b x y z -> b x y z").long()
     classes = rearrange(torch.arange(logits.shape[1], device=target.device), "k -> k 1 1 1")
     onehot, first = rearrange(target, "b x y z -> b 1 x y z") == classes, 0 if background else 1
-    return dice_loss(logits.softmax(dim=1)[:, first:], onehot[:, first:], smooth) + F.cross_entropy(logits, target)
+    return dice_loss(logits.softmax(dim=1)[:, first:], onehot[:, first:], smooth) + balanced_ce(logits, target, onehot, balance)
+
+
+def balanced_ce(logits, target, onehot, balance):
+    """Cross-entropy of (b, k, x, y, z), mean over the voxels of a sample, each weighted by (share of its class) ** -balance -> ()."""
+    if balance == 0:
+        return F.cross_entropy(logits, target)
+    share = reduce(onehot.to(logits.dtype), "b k x y z -> b k 1 1 1", "mean")
+    weight = (onehot * torch.where(share > 0, share, 1) ** -balance).sum(dim=1)          # (b, x, y, z)
+    cost = F.cross_entropy(logits, target, reduction="none") * weight
+    return (reduce(cost, "b x y z -> b", "sum") / reduce(weight, "b x y z -> b", "sum")).mean()
 
 
 @full_precision

@@ -549,6 +549,23 @@ def test_dice_ce_equals_monai(background):
         dice_ce(logits, target.float())
 
 
+@pytest.mark.parametrize("balance", [0.5, 1.0])
+def test_balanced_cross_entropy_is_torchs_with_the_weights_of_each_sample(balance):
+    logits, target = 3 * normal(2, 4, 6, 5, 7), torch.randint(3, (2, 1, 6, 5, 7), generator=torch.Generator().manual_seed(0))
+    target[0][target[0] == 2], target[1][:, :3] = 1, 0                  # class 3 is absent, from the first sample class 2 too
+
+    def theirs(x):
+        parts = []
+        for n in range(2):
+            counts = np.bincount(target[n].numpy().ravel(), minlength=4)
+            weight = torch.tensor([(210 / c) ** balance if c else 1e9 for c in counts])
+            parts.append(F.cross_entropy(x[n:n + 1], target[n], weight))
+        return sum(parts) / 2
+    same_as(theirs, lambda x: dice_ce(x, target, balance=balance) - dice_ce(x, target) + F.cross_entropy(x, target[:, 0]), logits)
+    halves = [dice_ce(logits[n:n + 1], target[n:n + 1], balance=balance) for n in range(2)]
+    assert_close(dice_ce(logits, target, balance=balance), sum(halves) / 2)
+
+
 def test_dice_bce_equals_monai():
     monai = pytest.importorskip("monai.losses")
     theirs = monai.DiceLoss(sigmoid=True)
