@@ -495,7 +495,9 @@ def label_ids(path, label, cfg):
         raise VolumeError(f"{path}: holds label ids {', '.join(map(str, unknown[:8]))}; {said}")
     clash = [(old, new) for old, new in cfg.remap.items() if old in ids and new in ids and new not in cfg.remap]
     if clash:
-        raise VolumeError(f"{path}: holds both id {clash[0][0]} and the id {clash[0][1]} that it would be renamed to")
+        old, new = clash[0]
+        raise VolumeError(f"{path}: holds both id {old} and the id {new} that it would be renamed to; if they are to be one, "
+                          f"remap needs {new}: {new} too")
     strange = sorted(set(cfg.remap.values()) - set(cfg.labels) - {0}) if cfg.labels else []
     if strange:
         raise SystemExit(f"remap = {cfg.remap}: {strange[0]} is no id of labels = {cfg.labels}")

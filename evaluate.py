@@ -18,6 +18,7 @@ import fnmatch
 import functools
 import hashlib
 import importlib
+import inspect
 import itertools
 import json
 import math
@@ -797,6 +798,7 @@ class Config(data.Config):
     probe_train: float = 0.5        # share of the scans (the first by id) that train the probe, the rest test it
     probe_share: float = 0.5        # least share of a token's patch that an organ covers to name it; tiny organs need less
     probe_limit: int = 1000         # tokens per class that train it
+    probe_random: bool = True       # probe random weights first
     token_patch: int = 8            # voxels a token; 2 4 8 16 32
     # figures, of the probe's scans where they are named, else of the config's own
     figures: str | tuple = ""       # "all", or some of similarity, distribution, tsne, pca, correspondence, evolution, curves
@@ -833,7 +835,7 @@ def segmentation_loss(output, truth, cfg):
     if cfg.regions:
         masks = [torch.isin(label, label.new_tensor(group)) for group in cfg.regions.values()]
         return losses.dice_bce(output, torch.cat(masks, 1).float())
-    return losses.dice_ce(output, label)
+    return losses.dice_ce(output, label, balance=cfg.balance)
 
 
 def translation_loss(output, truth, cfg):
@@ -1483,13 +1485,13 @@ def correspondence_accuracy(encoder, scans, cfg, device):
 
 
 def probe(cfg, device):
-    """Numbers that need no fine-tuning, one row per encoder, random weights first."""
+    """Numbers that need no fine-tuning, one row per encoder, with cfg.probe_random random weights first."""
     scans = probe_scans(cfg)
     first = max(1, min(len(scans) - 1, round(cfg.probe_train * len(scans))))
     print(f"probe: {first} scans train, {len(scans) - first} test; tokens of {cfg.token_patch} voxels that show an organ")
     files = list(data._tuple(cfg.checkpoint)) or [str(Path(cfg.runs) / cfg.name / "encoder.pt")]
     rows, results = [["encoder", "linear probe", "k-NN", "silhouette cos", "silhouette eucl", "effective rank", "correspondence"]], {}
-    for path in ["random", *files]:
+    for path in dict.fromkeys(["random"] * cfg.probe_random + files):
         encoder = load_encoder(path, cfg, device)
         x, y, n = organ_tokens(encoder, scans, cfg, device)
         train = n < first
@@ -2038,7 +2040,9 @@ def study(cfg):
     """
     lost = [row for row in cfg.shot_rows if row not in cfg.rows]
     if lost or not cfg.rows or not cfg.seeds:
-        raise SystemExit(f"the study needs `seeds`, `rows`, and shot_rows among them; found seeds {cfg.seeds}, rows {', '.join(cfg.rows) or 'none'}, shot_rows {cfg.shot_rows}")
+        raise SystemExit(f"the study needs `seeds`, `rows`, and shot_rows among them; found seeds {cfg.seeds}, "
+                         f"rows {', '.join(cfg.rows) or 'none'}, shot_rows {cfg.shot_rows}")
+    check_shots(cfg)
     jobs = [(row, seed) for seed in cfg.seeds for row in cfg.rows]      # every row once before any row twice
     with ThreadPoolExecutor(cfg.jobs) as pool:
         outcomes = list(pool.map(lambda k: study_run(*jobs[k], k % cfg.jobs, cfg), range(len(jobs))))
@@ -2050,67 +2054,90 @@ def study(cfg):
     print(text)
 
 
+def check_shots(cfg):
+    """Exit unless the fine-tuning config has cfg.labelled training subjects, of which the shots are shares."""
+    if not cfg.shots:
+        return
+    if not all(0 < n <= cfg.labelled for n in cfg.shots):
+        raise SystemExit(f"shots = {cfg.shots}: expected 1 to {cfg.labelled} (labelled)")
+    fields = {field.name for field in dataclasses.fields(Config)}
+    keys = {k: v for k, v in cfg.finetune_keys.items() if k in fields} | dict(data=cfg.data, label_fraction=1.0)
+    cases = split_cases(configs.load(Config, [cfg.finetune_config, *[f"--{k}={v}" for k, v in keys.items()]], foreign=True))
+    subjects = {case["subject"] for case in cases["train"]}
+    if len(subjects) != cfg.labelled:
+        raise SystemExit(f"labelled = {cfg.labelled}, but {cfg.finetune_config} with finetune_keys trains on {len(subjects)} subjects "
+                         f"({', '.join(sorted(subjects)[:3])}, ..)")
+
+
 def study_run(row, seed, slot, cfg):
-    """One row with one seed: {"probe": .., "dice": {labelled scans: mean Dice}, "minutes": ..}."""
-    runs = Path(cfg.runs) / cfg.name
-    name, here, began = f"{row}-{seed}", Path(__file__).resolve().parent, time.time()
-    done = runs / name / "outcome.json"
-    if done.exists():
-        return json.loads(done.read_text())
-    (runs / name).mkdir(parents=True, exist_ok=True)
-    gpus = torch.cuda.device_count()
+    """One row with one seed -> {part: {"value": .., "minutes": .., "commands": ..}}, also in outcome.json of its run folder.
+
+    The parts are "probe" (its results) and every number of labelled scans (mean Dice of the test scans, preprocessed grid).
+    """
+    runs, here, name = Path(cfg.runs) / cfg.name, Path(__file__).resolve().parent, f"{row}-{seed}"
+    done, gpus = runs / name / "outcome.json", torch.cuda.device_count()
+    outcome = json.loads(done.read_text()) if done.exists() else {}
     cores = max(1, (os.cpu_count() or 1) // cfg.jobs)
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else {"OMP_NUM_THREADS": str(cores)})
-
-    def call(script, config, **keys):
-        command = [sys.executable, str(here / script), config, *[f"--{k}={v}" for k, v in keys.items()]]
-        with open(runs / name / "out.log", "a") as log:
-            log.write(" ".join(command) + "\n")
-            log.flush()
-            if subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode:
-                raise SystemExit(f"{' '.join(command)}\nfailed, see {runs / name / 'out.log'}")
-
     same = dict(runs=runs, seed=seed, data=cfg.data, cache=cfg.cache, workers=cfg.workers)
-    encoder, overrides = runs / name / "encoder.pt", cfg.rows[row]
+    known = {field.name for field in dataclasses.fields(Config)}        # evaluate.py takes no key of the optimisation
+    overrides, encoder = cfg.rows[row], runs / name / "encoder.pt"
+
+    def part(key, value, *commands):
+        """Run the commands of a part that is not complete, and keep value()."""
+        lines = [[sys.executable, str(here / script), str(config), *[f"--{k}={v}" for k, v in keys.items()]] for script, config, keys in commands]
+        if outcome.get(key, {}).get("commands") == lines:
+            return
+        began = time.time()
+        for line in lines:
+            with open(done.with_name("out.log"), "a") as log:
+                log.write(" ".join(line) + "\n")
+                log.flush()
+                if subprocess.run(line, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode:
+                    raise SystemExit(f"{' '.join(line)}\nfailed, see {done.with_name('out.log')}")
+        outcome[key] = dict(value=value(), minutes=(time.time() - began) / 60, commands=lines)
+        write_json(done, outcome)
+        print(f"{name}, {key}: {outcome[key]['minutes']:.1f} min", flush=True)
+
+    done.parent.mkdir(parents=True, exist_ok=True)
+    keys = cfg.pretrain_keys | (overrides or {})
+    network = {k: v for k, v in keys.items() if k in inspect.signature(Swin3D).parameters}
+    probing = same | {k: v for k, v in cfg.pretrain_keys.items() if k in known} | network     # all rows by the same moves and tokens
+    probing |= dict(name=name, out=runs / name, probe=True, probe_random=overrides is None)
+    probed = lambda: next(iter(json.loads((runs / name / "probe.json").read_text())["probe"].values()))
     if overrides is None:                                               # this row is not pre-trained
-        call("evaluate.py", cfg.pretrain_config, **same, name=name, probe=True, checkpoint="random", out=runs / name)
-        key = "random"
+        part("probe", probed, ("evaluate.py", cfg.pretrain_config, probing | dict(checkpoint="random")))
     else:
-        call("pretrain.py", cfg.pretrain_config, **same | cfg.pretrain_keys | overrides, name=name)
-        shape = {k: v for k, v in (cfg.pretrain_keys | overrides).items() if k in ("feature_size", "num_heads", "window_size", "slab", "crop")}
-        call("evaluate.py", cfg.pretrain_config, **same | shape, name=name, probe=True, checkpoint=encoder, out=runs / name)
-        key = str(encoder)
-    probed = json.loads((runs / name / "probe.json").read_text())["probe"][key]
-    dice = {}
+        part("probe", probed, ("pretrain.py", cfg.pretrain_config, same | keys | dict(name=name)),
+             ("evaluate.py", cfg.pretrain_config, probing | dict(checkpoint=encoder)))
     for shots in cfg.shots if row in cfg.shot_rows else ():
         tuned = f"{name}-{shots}"
-        start = {} if overrides is None else dict(init=encoder)
-        fraction = shots / cfg.labelled
-        call("finetune.py", cfg.finetune_config, **same | cfg.finetune_keys, **start, name=tuned, label_fraction=fraction)
-        call("evaluate.py", cfg.finetune_config, **same, name=tuned, sheets=0, predictions=False)
-        scored = json.loads((runs / tuned / "results.json").read_text())["results"]
-        dice[str(shots)] = next(iter(scored.values()))["summary"]["preprocessed"]["dice"]["mean"]["mean"]
-    outcome = dict(probe=probed, dice=dice, minutes=(time.time() - began) / 60)
-    write_json(done, outcome)
-    print(f"{name}: balanced accuracy {probed['linear']['balanced_accuracy']:.3f}, {outcome['minutes']:.1f} min", flush=True)
+        keys = same | cfg.finetune_keys | dict(name=tuned, label_fraction=shots / cfg.labelled)
+        scoring = {k: v for k, v in keys.items() if k in known} | dict(sheets=0, predictions=False, hd95=False)
+        scored = lambda: next(iter(json.loads((runs / tuned / "results.json").read_text())["results"].values()))
+        part(str(shots), lambda: scored()["summary"]["preprocessed"]["dice"]["mean"]["mean"],
+             ("finetune.py", cfg.finetune_config, keys | ({} if overrides is None else dict(init=encoder))),
+             ("evaluate.py", cfg.finetune_config, scoring))
     return outcome
 
 
 def study_table(results, cfg):
-    """Mean over seeds, least and largest, a row of markdown each."""
-    def spread(values):
-        values = [v for v in values if v is not None]
-        return f"{np.mean(values):.3f} ({min(values):.3f} .. {max(values):.3f})" if values else "-"
-    heads = ["linear probe", "k-NN", "silhouette cos", "effective rank", "correspondence", *[f"Dice, {n} labelled" for n in cfg.shots]]
-    lines = ["| " + " | ".join(["row", *heads]) + " |", "|" + "---|" * (1 + len(heads))]
+    """A row of markdown per row of the study: mean over the seeds, and every seed in their order."""
+    def cell(values):
+        values = [float(v) for v in values]                             # absent: this row was not fine-tuned
+        return f"{np.mean(values):.3f} ({', '.join(f'{v:.3f}' for v in values)})" if values else "-"
+    columns = {"linear probe": lambda p: p["linear"]["balanced_accuracy"], "k-NN": lambda p: p["knn"]["balanced_accuracy"],
+               "silhouette (cosine)": lambda p: p["silhouette_cosine"][0], "effective rank": lambda p: p["effective_rank"],
+               "found again": lambda p: p["correspondence"]}
+    heads = ["row", *columns, *[f"Dice, {n} labelled" for n in cfg.shots]]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in cfg.rows:
         found = [results[f"{row}-{seed}"] for seed in cfg.seeds]
-        probes = [f["probe"] for f in found]
-        cells = [spread([p["linear"]["balanced_accuracy"] for p in probes]), spread([p["knn"]["balanced_accuracy"] for p in probes]),
-                 spread([p["silhouette_cosine"][0] for p in probes]), spread([p["effective_rank"] for p in probes]),
-                 spread([p["correspondence"] for p in probes]), *[spread([f["dice"].get(str(n)) for f in found]) for n in cfg.shots]]
+        cells = [cell([column(f["probe"]["value"]) for f in found]) for column in columns.values()]
+        cells += [cell([f[str(n)]["value"] for f in found if str(n) in f]) for n in cfg.shots]
         lines.append("| " + " | ".join([row, *cells]) + " |")
-    return "\n".join(lines) + f"\n\nMean over {len(cfg.seeds)} seeds (least .. largest); {sum(r['minutes'] for r in results.values()):.0f} minutes of runs."
+    minutes = sum(part["minutes"] for outcome in results.values() for part in outcome.values())
+    return "\n".join(lines) + f"\n\nMean (seeds {', '.join(map(str, cfg.seeds))}); {minutes:.0f} minutes of processes, {cfg.jobs} at a time."
 
 
 # ---------------------------------------------------------------------------------------------------------------------

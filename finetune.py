@@ -47,6 +47,7 @@ class Config(evaluate.Config):
     jitter_blur: tuple = (0.0, 0.0)
     positive: float = 0.75          # share of crops centred on a labelled voxel; released code: 3 to 1
     crops_per_case: int = 4         # crops of one case in a batch; released code
+    balance: float = 0.0            # segmentation of `labels`: cross-entropy weighs a voxel by (share of its class) ** -balance; ours: off
     # optimisation
     steps: int = 72_000             # released code: 3000 epochs x 24 cases / 1 case a step
     warmup: int = 2400              # steps; released code: 100 epochs
@@ -84,7 +85,10 @@ def check(cfg, ranks):
         (cfg.crops_per_case > 0 and cfg.batch % cfg.crops_per_case == 0,
          f"batch = {cfg.batch} is no multiple of crops_per_case = {cfg.crops_per_case}"),
         (not (cfg.freeze_encoder and not cfg.init), "freeze_encoder without init would keep random weights"),
+        (not cfg.init or Path(cfg.init).is_file(), f"init = {cfg.init!r}, no such file"),
         (0 <= cfg.positive <= 1, f"positive = {cfg.positive}, expected 0 to 1"),
+        (0 <= cfg.balance <= 1, f"balance = {cfg.balance}, expected 0 to 1"),
+        (cfg.balance == 0 or cfg.task == "segmentation" and not cfg.regions, "balance acts on segmentation of `labels` alone"),
         (not cfg.resize or tuple(cfg.resize) == cfg.crop, f"resize = {cfg.resize} and crop = {cfg.crop} must agree"),
         (cfg.task != "classification" or cfg.resize, "classification sees whole scans: give `resize`, the voxels that each is stretched to"),
         (min(cfg.steps, cfg.log_every, cfg.eval_every, cfg.save_every) > 0, "steps, log_every, eval_every, save_every must be above 0"),
@@ -136,7 +140,10 @@ def resume(run, resolved):
     """State of runs/<name>/last.pt, or None for a new run; exits when the configuration is another one."""
     if not (run / "last.pt").exists():
         return None
-    state = torch.load(run / "last.pt", map_location="cpu", weights_only=True)
+    try:
+        state = read_file(run / "last.pt")
+    except WeightsError as error:
+        raise SystemExit(str(error)) from None
     changed = [k for k, v in resolved.items() if k not in FREE_ON_RESUME and state["config"].get(k) != v]
     if changed:
         said = "; ".join(f"{k} was {state['config'].get(k)!r}, now {resolved[k]!r}" for k in changed[:4])

@@ -23,6 +23,7 @@ import evaluate as ev
 import finetune
 from model import Classifier, Swin3D, SwinUNETR, save, to_monai
 from phantom import phantom
+from phantom import write as write_phantoms
 
 HERE = Path(finetune.__file__).parent
 NETWORK = dict(feature_size=4, num_heads=(1, 1, 1, 1), window_size=4)
@@ -439,6 +440,9 @@ def test_a_finished_or_other_run_is_not_touched(tmp_path, abdomens, monkeypatch,
     with pytest.raises(SystemExit, match="runs/r/last.pt belongs to another configuration: lr was 0.0003, now 0.1. Give --name="):
         train(*args, "--lr=0.1")
     assert (tmp_path / "runs/r/last.pt").read_bytes() == before
+    (tmp_path / "runs/r/last.pt").write_bytes(before[:5000])
+    with pytest.raises(SystemExit, match="runs/r/last.pt: not a file of torch.save"):
+        train(*args)
 
 
 def test_stops_at_the_first_non_finite_step_and_keeps_the_last_checkpoint(tmp_path, abdomens, monkeypatch, capsys):
@@ -640,7 +644,7 @@ def test_an_unspoilt_set_trains(small, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("file, text", [
-    (None, "w.pt: no such file"),
+    (None, "init = 'w.pt', no such file"),
     ("hello", "w.pt: not a file of torch.save ("),
     (dict(feature_size=8), "w.pt: does not fit the model: feature_size is 8 in the file, 4 in the model"),
     (dict(v2=False), "w.pt: does not fit the model: v2 is False in the file, True in the model"),
@@ -666,7 +670,7 @@ def spoil(small, part, voxels, affine=np.eye(4), kind=np.float32):
     ({}, lambda s: spoil(s, "lab", (BOX > 20) * 0.5), "s1_lab.nii.gz: label ids must be whole numbers, found 0.5"),
     ({}, lambda s: spoil(s, "lab", (BOX > 20) * 1 + (BOX > 30) * 6), "s1_lab.nii.gz: holds label ids 7; declared are 0 and 1"),
     (dict(labels={1: "a", 2: "b", 3: "c"}, remap={4: 3}), lambda s: spoil(s, "lab", (BOX > 20) * 3 + (BOX > 30)),
-     "s1_lab.nii.gz: holds both id 4 and the id 3 that it would be renamed to"),
+     "s1_lab.nii.gz: holds both id 4 and the id 3 that it would be renamed to; if they are to be one, remap needs 3: 3 too"),
     ({}, lambda s: (s / "s1_lab.nii.gz").unlink(), "s1_lab.nii.gz: no such file, expected beside {s}/s1_img.nii.gz"),
     (dict(in_channels=2), lambda s: None, "s0_img.nii.gz: the scan has 1 channels, in_channels = 2"),
 ])
@@ -1062,6 +1066,59 @@ def test_several_checkpoints_ensembles_flips_and_bare_scans(judged, abdomens):
     assert label.shape == scan.shape and np.array_equal(label.affine, scan.affine) and label.get_data_dtype() == np.uint8
     np.testing.assert_array_equal(label.get_fdata(), nib.load(judged.folder / "both/predictions_0/004.nii.gz").get_fdata())
     assert sorted(p.name for p in (judged.folder / "bare").iterdir()) == ["new.nii.gz", "new_probabilities.nii.gz"]
+
+
+@pytest.mark.parametrize("argv, text", [
+    (["--rows={'a': {}}"], "the study needs `seeds`, `rows`, and shot_rows among them; found seeds (), rows a, shot_rows ()"),
+    (["--seeds=0,", "--rows={'a': {}}", "--shot_rows=('b',)"], "found seeds (0,), rows a, shot_rows ('b',)"),
+])
+def test_a_study_without_rows_or_seeds_is_refused(argv, text):
+    with pytest.raises(SystemExit) as caught:
+        ev.main(["--study", *argv])
+    assert str(caught.value).endswith(text)
+
+
+def test_a_study_runs_every_row_once_and_its_table_is_what_the_runs_scored(tmp_path):
+    """Two rows, one seed, two scans with labels; then the same with one more, of which only the new part may run."""
+    write_phantoms(tmp_path / "data/demo_ct/train", range(3), size=64)
+    write_phantoms(tmp_path / "data/demo_ct/unseen", range(50, 54), size=64)
+    small = dict(NETWORK) | {"crop": (64, 64, 64)}
+    (tmp_path / "study.py").write_text(f"""
+name, seeds, jobs, labelled = "study", (5,), 2, 2
+pretrain_config, finetune_config = {str(HERE / "configs/demo.py")!r}, {str(HERE / "configs/demo_segmentation.py")!r}
+rows = {{"random": None, "in plane": {{"rotation": (0, 0, 20.0)}}}}
+shot_rows = "random", "in plane"
+pretrain_keys = {small | dict(slab=(64, 64, 64), probe_crop=(64, 64, 64), steps=2, warmup=1, hidden=8, embedding=8, save_every=2)!r}
+finetune_keys = {small | dict(steps=1, warmup=0, val="train_002", test="unseen_050", exclude=("unseen_05[123]",), overlap=0.0)!r}
+workers = 0
+""")
+    study = sys.executable, str(HERE / "evaluate.py"), str(tmp_path / "study.py"), "--study"
+    run = lambda *more: script(tmp_path, tmp_path / "data", *study, *more)
+    with pytest.raises(AssertionError, match="labelled = 3, but .* trains on 2 subjects .train_000, train_001, ...\\n"):
+        run("--shots=1,", "--labelled=3")
+    first = run("--shots=1,")
+    folder = tmp_path / "runs/study"
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.pt")}
+    again = run("--shots=1,2")
+    assert "probe" not in again.split("|")[0] and ", 2: " in again and ", 1: " not in again        # the rest was there
+    assert all(path.stat().st_mtime_ns == t for path, t in times.items()) and len(times) >= 6
+    stored = json.loads((folder / "study.json").read_text())["results"]
+    assert (folder / "study.md").read_text() == again[again.index("| row"):] and first.index("| row")
+    table = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in map(lambda line: line.split("|"), again.splitlines()) if len(cells) > 3}
+    for row in ("random", "in plane"):
+        probed = json.loads((folder / f"{row}-5/probe.json").read_text())
+        assert probed["config"]["rotation"] != [0, 0, 20.0] and probed["config"]["seed"] == 5      # all rows are probed alike
+        (encoder, numbers), = probed["probe"].items()
+        assert encoder == ("random" if row == "random" else f"runs/study/{row}-5/encoder.pt")
+        linear = numbers["linear"]["balanced_accuracy"]
+        assert table[row][0] == f"{linear:.3f} ({linear:.3f})" and stored[f"{row}-5"]["probe"]["value"] == numbers
+        for column, shots in ((5, 1), (6, 2)):
+            result, = json.loads((folder / f"{row}-5-{shots}/results.json").read_text())["results"].values()
+            score = result["summary"]["preprocessed"]["dice"]["mean"]["mean"]
+            assert table[row][column] == f"{score:.3f} ({score:.3f})" and len(result["rows"]) == 1
+            trained = torch.load(folder / f"{row}-5-{shots}/best.pt", weights_only=True)
+            assert len(trained["subjects"]) == shots and trained["config"]["init"] == ("" if row == "random" else encoder)
+    assert table["row"][5:] == ["Dice, 1 labelled", "Dice, 2 labelled"]
 
 
 def test_flips_average_the_eight_mirrored_outputs(organs):
