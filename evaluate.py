@@ -1371,8 +1371,11 @@ def check_unseen(files, scans, cfg):
 def versions():
     """What a result was made with: library versions, commit of this repository or "unknown", device, command line."""
     here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
-    return dict(torch=str(torch.__version__), numpy=np.__version__, nibabel=nib.__version__, commit=git.stdout.strip() or "unknown",
+    try:
+        git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True).stdout
+    except OSError:                                                     # no git on this machine
+        git = ""
+    return dict(torch=str(torch.__version__), numpy=np.__version__, nibabel=nib.__version__, commit=git.strip() or "unknown",
                 device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", argv=sys.argv)
 
 
