@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -723,6 +724,16 @@ def clock(seconds):
     if seconds >= 3600:
         return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
     return f"{seconds // 60} min {seconds % 60:02d} s" if seconds >= 60 else f"{seconds} s"
+
+
+def commit():
+    """Commit of this repository, with "-dirty" where files differ from it, or "unknown"."""
+    here = Path(__file__).resolve().parent
+    try:
+        said = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+    except OSError:                                                 # no git on this machine
+        return "unknown"
+    return said.stdout.strip() or "unknown"
 
 
 class Scan:

@@ -970,7 +970,8 @@ def _named(cases, which, cfg):
                              f"{', '.join(case['id'] for case in cases[:4])} ..")
         named = {case["id"] for case in cases if any(fnmatch.fnmatch(case["id"], name) for name in which)}
     if not named:
-        raise SystemExit(f"{', '.join(which[:3])} names none of the {len(cases)} cases; an id here is {cases[0]['id']!r}")
+        example = f"an id here is {cases[0]['id']!r}" if cases else "another part of the split has taken all"
+        raise SystemExit(f"{', '.join(which[:3])} names none of the {len(cases)} cases; {example}")
     return named
 
 
@@ -1370,12 +1371,7 @@ def check_unseen(files, scans, cfg):
 
 def versions():
     """What a result was made with: library versions, commit of this repository or "unknown", device, command line."""
-    here = Path(__file__).resolve().parent
-    try:
-        git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True).stdout
-    except OSError:                                                     # no git on this machine
-        git = ""
-    return dict(torch=str(torch.__version__), numpy=np.__version__, nibabel=nib.__version__, commit=git.strip() or "unknown",
+    return dict(torch=str(torch.__version__), numpy=np.__version__, nibabel=nib.__version__, commit=data.commit(),
                 device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", argv=sys.argv)
 
 

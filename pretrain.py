@@ -13,7 +13,6 @@ import json
 import math
 import os
 import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -207,14 +206,8 @@ def start_log(path, first, where):
 
 def origin():
     """Versions, device and commit: the first line of every log."""
-    here = Path(__file__).resolve().parent
-    ask = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.run(ask, capture_output=True, text=True).stdout.strip() or "unknown"
-    except OSError:                                                 # no git on this machine
-        commit = "unknown"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-    return dict(torch=str(torch.__version__), python=sys.version.split()[0], device=device, commit=commit,
+    return dict(torch=str(torch.__version__), python=sys.version.split()[0], device=device, commit=data.commit(),
                 argv=sys.argv, started=datetime.datetime.now().isoformat(timespec="seconds"))
 
 

@@ -20,13 +20,13 @@ rows = {
     # Eq. 4: matching and temperature
     "Sinkhorn": {"matching": "sinkhorn", "sinkhorn_iterations": 20},
     "temperature 1": {"temperature": 1.0},
-    # Eq. 7: who moves
+    # Eq. 7: the weights of tokens
     "gradient through the Sharpe weights": {"structure_detach": False},
     # tokens and moves
     "tokens of 16 voxels": {"token_patch": 16},
     "rotation in plane": {"rotation": (0, 0, 28.6)},
 }
 shot_rows = ("random", "L_g", "all three")
-shots = ()
+shots = (1, 2, 4, 8)            # takes hours on a CPU; () leaves it at the probes
 labelled = 20                   # training subjects of the fine-tuning config
 finetune_config = "configs/demo_segmentation.py"

@@ -83,6 +83,8 @@ def drawn(seed, modality):
 def nifti(path, voxels, affine=np.eye(4), axes="RAS", kind=np.int16):
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nib.Nifti1Image(np.asarray(voxels, kind), affine)
+    image.set_sform(affine, 1)                              # scanner coordinates; nibabel's own choice is 2
+    image.set_qform(affine, 1)
     turn = nib.orientations.ornt_transform(*map(nib.orientations.axcodes2ornt, ("RAS", axes)))
     nib.save(image.as_reoriented(turn), path)
 
@@ -688,6 +690,11 @@ def test_a_case_of_a_datalist_without_a_label(refused, small):
     assert refused(source | dict(val="s1_img")) == f"{small}/s1_img.nii.gz: a val case without label"
 
 
+def test_a_list_of_validation_cases_after_test_took_all(refused, small):
+    (small / "val.csv").write_text("id\n2\n")
+    assert refused(dict(val="val.csv", test="*", table_key="{id}")) == "val.csv names none of the 0 cases; another part of the split has taken all"
+
+
 @pytest.mark.parametrize("keys, text", [
     (dict(task="guessing"), "task = 'guessing', expected one of segmentation, classification, reconstruction, translation"),
     (dict(val=()), "no case is left for val; "),
@@ -705,6 +712,12 @@ def test_a_case_of_a_datalist_without_a_label(refused, small):
     (dict(positive=1.5), "positive = 1.5, expected 0 to 1"),
     (dict(label_fraction=0.0), "label_fraction = 0.0, expected above 0, at most 1"),
     (dict(steps=0), "steps, log_every, eval_every, save_every must be above 0"),
+    (dict(overlap=1.0), "overlap = 1.0, expected 0 or more, below 1"),
+    (dict(overlap=-0.1), "overlap = -0.1, expected 0 or more, below 1"),
+    (dict(resize=(64, 64, 96)), "resize = (64, 64, 96) and crop = (64, 64, 64) must agree"),
+    (dict(task="classification", classes={"a": 0}), "classification needs `classes` = {name: number}"),
+    (dict(balance=1.5), "balance = 1.5, expected 0 to 1"),
+    (dict(balance=0.5, regions={"all": (1,)}), "balance acts on segmentation of `labels` alone"),
     (dict(blend="linear"), "blend = 'linear', expected 'gaussian' or 'constant'"),
     (dict(part="all"), "part = 'all', expected 'train', 'val' or 'test'"),
 ])
@@ -1138,6 +1151,24 @@ def test_flips_average_the_eight_mirrored_outputs(organs):
     torch.testing.assert_close(found, total[0] / 8, rtol=0, atol=1e-4)
 
 
+def test_windows_of_background_are_not_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("S2DC_DATA", str(tmp_path))
+    body = np.full((160, 64, 64), -1000)
+    body[10:50, 10:50, 10:50] = 40
+    for part, voxels in (("img", body), ("lab", body > 0)):
+        nifti(tmp_path / f"s0_{part}.nii.gz", voxels)
+    cfg = settings("demo_segmentation", **SMALL | dict(cache=str(tmp_path / "cache"), crop_foreground=False), overlap=0.5, windows=1)
+    (scan,), seen = data.open_scans(cfg, say=lambda *_: None), []
+
+    class Everywhere(torch.nn.Module):
+        def forward(self, x):                               # says class 1, wherever it is asked
+            seen.append(x.shape)
+            return torch.stack([-x[:, 0] * 0, x[:, 0] * 0 + 5], 1)
+    everything, some = (ev.predict([Everywhere()], scan, dataclasses.replace(cfg, skip_background=skip), torch.device("cpu")) for skip in (False, True))
+    assert len(seen) == 4 + 2                               # windows from 0, 32, 64 and 96; the box ends before 50
+    assert (everything[1] > 0.99).all() and (some[1, :96] > 0.99).all() and (some[1, 96:] < 0.01).all() and (some[0, 96:] > 0.99).all()
+
+
 def test_classes_of_bare_scans_and_a_second_run(judged, abdomens):
     cfg = settings("demo_classification", **KINDS)
     network = checkpoint_file(judged.folder / "c.pt", cfg, 0)
@@ -1228,7 +1259,7 @@ def pair(tmp_path, monkeypatch):
     target[3:12, 2:10, 4:9] = 10 + rng.random((9, 8, 5)) * 5
     nifti(tmp_path / "1_a.nii.gz", target + rng.random(target.shape), kind=np.float32)
     nifti(tmp_path / "1_b.nii.gz", target, kind=np.float32)
-    cfg = settings("demo_translation", image="{id}_a.nii.gz", target="{id}_b.nii.gz", intensity="scale", window=(0.0, 10.0),
+    cfg = settings("demo_translation", image="{id}_a.nii.gz", target="{id}_b.nii.gz", intensity="scale", window=(2.0, 12.0),
                    foreground=-1.0, cache=str(tmp_path / "cache"), workers=0)
     (scan,) = data.open_scans(cfg, say=lambda *_: None)
     truth = torch.from_numpy(np.ascontiguousarray(scan.open("target"))).float()
@@ -1245,16 +1276,17 @@ def test_the_target_itself_scores_perfectly(pair):
 @pytest.mark.parametrize("reach", [0.0, 2.0])
 def test_pasted_tissue_and_input_by_closed_form(pair, reach):
     scan, cfg, truth, image = pair
-    inside = truth > 0
+    inside = truth > truth.min() + 0.1                      # air is -0.2 in these units
     n, k = truth.numel(), int(inside.sum())
     assert k == 9 * 8 * 5
     guess = truth + torch.where(inside, 0.1, 0.3)           # the error within and around
     scores = ev.score_image(guess, scan, dataclasses.replace(cfg, data_range=reach), full=True)["preprocessed"]
-    span, power = reach or float(truth.max()), float((truth ** 2).sum())
+    span = reach or float(truth.max() - truth.min())
     left = float(((image - truth) ** 2).sum())
     errors = {"whole": k * 0.01 + (n - k) * 0.09, "pasted": k * 0.01, "tissue": k * 0.01, "input": left}
     for part, error in errors.items():
         assert scores["psnr"][part] == pytest.approx(10 * np.log10(span ** 2 * (k if part == "tissue" else n) / error), abs=1e-4)
+        power = float((truth[inside] ** 2).sum() if part == "tissue" else (truth ** 2).sum())
         assert scores["nmse"][part] == pytest.approx(error / power, rel=1e-4)
     assert scores["data_range"] == {"used": pytest.approx(span)} and set(scores["ssim"]) == {"whole", "pasted", "input"}
     skimage = pytest.importorskip("skimage.metrics")

@@ -336,6 +336,11 @@ def part(state, *starts):
     return {k: v for k, v in state.items() if k.startswith(starts)}
 
 
+def other(state):
+    """The same names with other weights, as a teacher has them: zeros, where weights are numbers."""
+    return {k: torch.zeros_like(v) if v.is_floating_point() else v for k, v in state.items()}
+
+
 def swin(state):
     return {k.removeprefix("swinViT."): v for k, v in part(state, "swinViT.").items()}
 
@@ -357,7 +362,7 @@ PUBLIC = {
         k.replace("swinViT", "swin_vit"): v for k, v in part(s, "swinViT.", *SKIPS).items()}), 145, 2),
     "VoCo training, optimizer left out": (True, lambda s: {"global_step": 9, "state_dict": {
         **prefixed("module.student.", part(s, "swinViT.", *SKIPS) | STRAY),
-        **prefixed("module.teacher.", part(s, "swinViT.", *SKIPS) | STRAY)}}, 145, 149),
+        **prefixed("module.teacher.", other(part(s, "swinViT.", *SKIPS)) | STRAY)}}, 145, 149),
     "VoCo_B_SSL_head.pt": (True, lambda s: part(s, "swinViT.", *SKIPS), 145, 0),
     "VoCo-large training": (True, lambda s: {"state_dict": {
         **prefixed("student.", STRAY), **prefixed("teacher.", STRAY),
@@ -371,10 +376,10 @@ PUBLIC = {
         **prefixed("student.", part(s, "swinViT.") | {
             "proj_head_geo.layer1.0.weight": torch.ones(2),
             "encoder_cof.layer.conv1.conv.weight": s["encoder10.layer.conv1.conv.weight"]}),
-        **prefixed("teacher.", part(s, "swinViT.")), "queue_cl": torch.ones(3), "queue_ptr": torch.zeros(1).long()})}, 134, 138),
+        **prefixed("teacher.", other(part(s, "swinViT."))), "queue_cl": torch.ones(3), "queue_ptr": torch.zeros(1).long()})}, 134, 138),
     "S2DC final_model.pth": (True, lambda s: {
         **prefixed("student.", part(s, "swinViT.") | {"proj_head_cl.layer1.0.weight": torch.ones(2)}),
-        **prefixed("teacher.", part(s, "swinViT.")), "queue_cl": torch.ones(3)}, 134, 136),
+        **prefixed("teacher.", other(part(s, "swinViT."))), "queue_cl": torch.ones(3)}, 134, 136),
 }
 
 
