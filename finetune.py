@@ -268,7 +268,9 @@ def main(argv):
                 write_log(run, line)
             sums, waited, counted, tick = torch.zeros(2, device=device), 0.0, 0, now
         if done % cfg.eval_every == 0 or done == cfg.steps:
+            start = time.time()
             score = validate(network, val, cfg, device, rank, ranks)
+            tick += time.time() - start                             # crops per second of training alone
             better = best is None or best != best or score > best   # NaN: nothing could be scored yet
             best = score if better else best
             name = " ".join(task.best[1:])
@@ -277,7 +279,6 @@ def main(argv):
                 write_log(run, {"step": done, "val": score, "metric": name})
                 if better:
                     save(run / "best.pt", checkpoint(network, cfg, done, score, subjects, resolved, where))
-            tick = time.time()
         if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
             save(run / "last.pt", checkpoint(network, cfg, done, best, subjects, resolved, where)
                  | {"optimizer": optimizer.state_dict(), "best": best})

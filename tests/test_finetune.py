@@ -454,6 +454,102 @@ def test_stops_at_the_first_non_finite_step_and_keeps_the_last_checkpoint(tmp_pa
     assert all(value.isfinite().all() for value in weights(tmp_path / "runs/demo_classification/last.pt").values())
 
 
+def test_three_steps_equal_the_same_written_out(small, monkeypatch, capsys):
+    """Passes, clipping, the schedule, layer decay and AdamW, by their formulas; of the script only the crops and the network."""
+    init_file(small.parent / "encoder.pt")
+    keys = SHORT | dict(steps=3, warmup=2, lr=1e-2, min_lr=1e-3, decay=0.2, clip=0.05, batch=4, accumulate=2, layer_decay=0.5, eval_every=3)
+    args = flags(**TABLE, **keys, init="encoder.pt")
+    here(monkeypatch, capsys, small.parent, small, finetune.main, "demo_classification", *args)
+    cfg = configs.load(finetune.Config, [str(small.parent / "runs/demo_classification/config.py")])
+    parts = ev.split_cases(cfg)
+    scans = data.open_scans(cfg, parts["train"], lambda *_: None)
+    crops = data.Crops(scans, cfg, cfg.batch, cfg.seed, {case["id"]: case["class"] for case in parts["train"]})
+    torch.manual_seed(cfg.seed)
+    network = Classifier(1, 2, **NETWORK)
+    network.encoder.load_state_dict(torch.load(small.parent / "encoder.pt", weights_only=True)["encoder"])
+    names = dict(network.named_parameters())
+    m, v = ({name: torch.zeros_like(p) for name, p in names.items()} for _ in range(2))
+    rates, costs, norms = (5e-3, 1e-2, 1e-2), [], []        # two steps of warm-up, then the top of the cosine
+    for step, rate in enumerate(rates):
+        batch = data.collate([crops[step, place] for place in range(4)])
+        image, _, _ = data.moved_crops(batch, cfg)
+        cost = -network(image).log_softmax(1)[torch.arange(4), batch["class"]].mean()
+        grads = torch.autograd.grad(cost, list(names.values()))
+        norm = torch.cat([g.flatten() for g in grads]).norm()
+        costs.append(cost.item())
+        norms.append(norm.item())
+        assert norm > cfg.clip
+        with torch.no_grad():
+            for (name, p), g in zip(names.items(), grads):
+                g = g * cfg.clip / norm
+                depth = 0 if name.startswith("head") else 5 if "embed" in name else 4 - int(name.split(".")[2])
+                lr = rate * 0.5 ** depth
+                p.mul_(1 - lr * (0.2 if p.ndim > 1 else 0))
+                m[name], v[name] = 0.9 * m[name] + 0.1 * g, 0.999 * v[name] + 0.001 * g ** 2
+                p.sub_(lr * m[name] / (1 - 0.9 ** (step + 1)) / ((v[name] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8))
+    log = log_of(small.parent / "runs/demo_classification")[1:4]
+    assert [line["lr"] for line in log] == pytest.approx(rates)
+    assert [line["loss"] for line in log] == pytest.approx(costs, rel=1e-4)
+    assert [line["grad_norm"] for line in log] == pytest.approx(norms, rel=1e-3)
+    trained = weights(small.parent / "runs/demo_classification/last.pt")
+    for name, p in names.items():                           # a step of AdamW is about lr for every weight; all but a few agree
+        assert ((trained[name] - p).abs() > 1e-4).float().mean() < 0.02, name
+
+
+@pytest.mark.parametrize("scores, best", [((0.5, 0.7, 0.6), 4), ((0.3, 0.3, 0.2), 2), ((np.nan, 0.1, np.nan), 4)])
+def test_the_best_validation_keeps_its_weights(small, monkeypatch, capsys, scores, best):
+    seen, told = [], iter(scores)
+
+    def validate(network, *_):
+        seen.append({name: value.clone() for name, value in network.state_dict().items()})
+        return next(told)
+    monkeypatch.setattr(finetune, "validate", validate)
+    args = flags(**TABLE, **SHORT | dict(steps=6))
+    said = here(monkeypatch, capsys, small.parent, small, finetune.main, "demo_classification", *args)
+    kept = torch.load(small.parent / "runs/demo_classification/best.pt", weights_only=True)
+    assert (kept["step"], kept["score"]) == (best, scores[best // 2 - 1])
+    assert all(torch.equal(kept["model"][name], value) for name, value in seen[best // 2 - 1].items())
+    assert [line.endswith("best so far") for line in said.splitlines() if " val " in line][best // 2 - 1]
+    assert f"best val balanced_accuracy all {scores[best // 2 - 1]:.4f}: " in said
+
+
+def test_speed_is_that_of_training_whenever_validation_comes(small, monkeypatch, capsys):
+    clock = itertools.count()                               # a second passes whenever somebody looks
+    monkeypatch.setattr(finetune.time, "time", lambda: float(next(clock)))
+
+    def validate(*_):
+        for _ in range(10_000):
+            next(clock)
+        return 0.5
+    monkeypatch.setattr(finetune, "validate", validate)
+    for name, every in (("late", 9), ("within", 4)):
+        here(monkeypatch, capsys, small.parent, small, finetune.main, "demo_classification",
+             *flags(**TABLE, **SHORT | dict(steps=9, log_every=9, eval_every=every, save_every=99), name=name))
+    late, within = (next(line["crops_per_s"] for line in log_of(small.parent / "runs" / name) if "loss" in line) for name in ("late", "within"))
+    assert within == pytest.approx(late, rel=0.2)
+
+
+def test_losses_of_the_tasks_see_their_own_channel_and_place():
+    torch.manual_seed(0)
+    cfg = settings("brats21", finetune.Config)              # {"TC": .., "WT": .., "ET": ..}
+    label = torch.randint(0, 4, (2, 1, 6, 5, 4))
+    output = torch.full((2, 3, 6, 5, 4), -9.0)
+    for k, group in enumerate(cfg.regions.values()):        # each channel says its own region, and nothing else
+        for member in group:
+            output[:, k][label[:, 0] == member] = 9.0
+    loss = lambda said: ev.TASKS["segmentation"].loss(said, {"label": label}, cfg)
+    assert loss(output) < 0.01 and all(loss(output[:, order]) > 1 for order in ((1, 0, 2), (0, 2, 1), (2, 1, 0)))
+    target, guess = torch.randn(2, 1, 6, 5, 4), torch.randn(2, 1, 6, 5, 4)
+    fill = torch.tensor([[-0.5], [0.1]])
+    target[:, :, :3] = fill[:, :, None, None, None]         # half of it is air
+    error = np.abs((guess - target).numpy())
+    body = target.numpy() > fill.numpy()[:, :, None, None, None] + 0.01
+    assert not body[:, :, :3].any() and 20 < body.sum() < 120
+    expected = np.mean([(e[b] + e[b] ** 2).mean() for e, b in zip(error, body)])
+    loss = ev.TASKS["translation"].loss(guess, {"target": target, "target_fill": fill}, settings("brats23_t1_to_t2", finetune.Config))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # who trains, who chooses, who is reported
 
