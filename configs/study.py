@@ -30,3 +30,4 @@ shot_rows = ("random", "L_g", "all three")
 shots = (1, 2, 4, 8)            # takes hours on a CPU; () leaves it at the probes
 labelled = 20                   # training subjects of the fine-tuning config
 finetune_config = "configs/demo_segmentation.py"
+finetune_keys = {"test": "unseen_100*", "exclude": ("unseen_101*", "unseen_102*", "unseen_103*"), "eval_every": 150}    # 10 of the 32
