@@ -88,10 +88,10 @@ def check(cfg, ranks):
         (not cfg.init or Path(cfg.init).is_file(), f"init = {cfg.init!r}, no such file"),
         (0 <= cfg.positive <= 1, f"positive = {cfg.positive}, expected 0 to 1"),
         (0 <= cfg.balance <= 1, f"balance = {cfg.balance}, expected 0 to 1"),
-        (cfg.balance == 0 or cfg.task == "segmentation" and not cfg.regions, "balance acts on segmentation of `labels` alone"),
         (not cfg.resize or tuple(cfg.resize) == cfg.crop, f"resize = {cfg.resize} and crop = {cfg.crop} must agree"),
         (cfg.task != "classification" or cfg.resize, "classification sees whole scans: give `resize`, the voxels that each is stretched to"),
         (min(cfg.steps, cfg.log_every, cfg.eval_every, cfg.save_every) > 0, "steps, log_every, eval_every, save_every must be above 0"),
+        (cfg.balance == 0 or cfg.task == "segmentation" and not cfg.regions, "balance acts on segmentation of `labels` alone"),
     ]
     for fine, text in rules:
         if not fine:
