@@ -24,6 +24,7 @@ import json
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -2165,6 +2166,9 @@ def inference_scans(cfg):
 def main(argv):
     if any(arg.startswith("--study") for arg in argv):
         return study(configs.load(Study, argv))
+    studies = [arg for arg in argv if Path(arg).is_file() and "rows" in runpy.run_path(arg)]
+    if studies:
+        raise SystemExit(f"{studies[0]} holds the rows of a study; run it with --study")
     cfg = configs.load(Config, argv, foreign=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = Path(cfg.out or Path(cfg.runs) / cfg.name)

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -1193,6 +1194,28 @@ def test_a_study_without_rows_or_seeds_is_refused(argv, text):
     with pytest.raises(SystemExit) as caught:
         ev.main(["--study", *argv])
     assert str(caught.value).endswith(text)
+
+
+def test_a_study_is_not_taken_for_a_task():
+    with pytest.raises(SystemExit, match="configs/study.py holds the rows of a study; run it with --study$"):
+        ev.main([str(HERE / "configs/study.py")])
+
+
+@pytest.mark.skipif(not os.environ.get("S2DC_REAL_DATA"), reason="S2DC_REAL_DATA is not set")
+@pytest.mark.parametrize("modality, train, tested", [("ct", 6, ["sts_042"]), ("mri", 15, ["sts_012", "sts_042"]),
+                                                     ("pet", 6, ["013_pet", "019_pet", "042_pet"])])
+def test_the_studies_of_real_scans_probe_patients_that_pretraining_has_not_seen(tmp_path, modality, train, tested):
+    study = configs.load(ev.Study, [str(HERE / f"configs/study_{modality}.py")])
+    known = {field.name for field in dataclasses.fields(ev.Config)}
+    keys = [f"--{key}={value}" for key, value in study.pretrain_keys.items() if key in known]
+    cfg = configs.load(ev.Config, [str(HERE / study.pretrain_config), *keys, f"--data={os.environ['S2DC_REAL_DATA']}"], foreign=True)
+    seen = [str(file) for case in data.find_cases(cfg) for file in case["images"]]
+    cases = [case for case in data.find_cases(ev.probe_source(cfg)) if case["label"]]
+    held_out = cases[max(1, round(cfg.probe_train * len(cases))):]
+    assert len(seen) == train and len(held_out) == len(tested)
+    assert all(want in str(case["images"]) for want, case in zip(tested, held_out))
+    patients = [re.search(r"(sts_)?(\d{3})", Path(case["images"][0]).name).group(2) for case in held_out]
+    assert not any(f"sts_{patient}" in Path(file).name for patient in patients for file in seen)
 
 
 def test_a_study_runs_every_row_once_and_its_table_is_what_the_runs_scored(tmp_path):
