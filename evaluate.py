@@ -1971,7 +1971,7 @@ def draw_curves(shown, out):
     for axes, (title, unit, keys) in zip(figure.subplots(2, 2).flat, [panel for panel in panels if set(panel[2]) & set(curves)]):
         for (key, text), colour, dash in zip(keys.items(), ("black", "#E69F00", "#0072B2", "#D55E00"), ("-", "--", "-", "-.")):
             if key in curves:
-                axes.plot(*curves[key], "." * (len(curves[key][0]) < 40), color=colour, linestyle=dash, linewidth=1.6, label=text)
+                axes.plot(*curves[key], color=colour, linestyle=dash, marker="." if len(curves[key][0]) < 40 else "", linewidth=1.6, label=text)
         axes.set(title=title, xlabel="step", ylabel=unit)
         axes.grid(color="0.9")
         if "p2p" in keys and "p2p" in curves:

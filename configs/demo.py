@@ -37,3 +37,4 @@ lr = 3e-3
 batch = 2
 log_every = 10
 save_every = 50
+keep = (10, 50)                 # for the picture of how features evolve
