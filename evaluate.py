@@ -1939,7 +1939,7 @@ def draw_lines(figure, both, shown, start, end, true, right):
         colour = bright[n] if right is None else "#56B4E9" if fine else "#E69F00"
         ends = [(flip - c[0], c[1]) for c in (a, b)]
         for axes, (x, y) in zip(both, ends):
-            axes.add_patch(Rectangle((x - p / 2, y - p / 2), p, p, fill=False, edgecolor=colour, linewidth=1.4))
+            axes.add_patch(Rectangle((x - p / 2, y - p / 2), p, p, fill=False, edgecolor=colour, linewidth=1.4, clip_on=False))
             axes.text(x - 0.4 * p, y + 0.4 * p, n + 1, color=colour, size=8, ha="left", va="top", weight="bold", **text)
         figure.add_artist(ConnectionPatch(*ends, "data", "data", axesA=both[0], axesB=both[1], color=colour, linewidth=1.1,
                                           linestyle="-" if fine else "--"))
@@ -2029,6 +2029,7 @@ class Study:
     pretrain_config: str = ""
     finetune_config: str = ""
     pretrain_keys: dict = dataclasses.field(default_factory=dict)   # for all rows alike
+    probe_keys: dict = dataclasses.field(default_factory=dict)      # .. of evaluate.py --probe alone; the others it shares with pretrain.py
     finetune_keys: dict = dataclasses.field(default_factory=dict)
 
 
@@ -2102,7 +2103,7 @@ def study_run(row, seed, slot, cfg):
     done.parent.mkdir(parents=True, exist_ok=True)
     keys = cfg.pretrain_keys | (overrides or {})
     network = {k: v for k, v in keys.items() if k in inspect.signature(Swin3D).parameters}
-    probing = same | {k: v for k, v in cfg.pretrain_keys.items() if k in known} | network     # all rows by the same moves and tokens
+    probing = same | {k: v for k, v in cfg.pretrain_keys.items() if k in known} | cfg.probe_keys | network    # rows alike: moves and tokens too
     probing |= dict(name=name, out=runs / name, probe=True, probe_random=overrides is None)
     probed = lambda: next(iter(json.loads((runs / name / "probe.json").read_text())["probe"].values()))
     if overrides is None:                                               # this row is not pre-trained

@@ -17,8 +17,8 @@ pretrain_keys = {
               "ct/sts_008_ct.nii.gz", "ct/sts_012_ct.nii.gz"),
     "probe_image": "ct/{id}_ct.nii.gz",
     "probe_label": "ct/labels/{id}_ct_gtv.nii.gz",
-    "probe_train": 0.67,
     "labels": {1: "tumour", 2: "rest"}, "remap": {0: 2},      # whatever is no tumour is the other class
     "window": (-175.0, 250.0),
     "spacing": (1.0, 1.0, 1.0),
 }
+probe_keys = {"probe_train": 0.67}     # the first of the labelled scans train the probe, the rest test it

@@ -22,6 +22,7 @@ import configs
 import data
 import evaluate as ev
 import finetune
+import pretrain
 from model import Classifier, Swin3D, SwinUNETR, save, to_monai
 from phantom import phantom
 from phantom import write as write_phantoms
@@ -1206,10 +1207,11 @@ def test_a_study_is_not_taken_for_a_task():
                                                      ("pet", 6, ["013_pet", "019_pet", "042_pet"])])
 def test_the_studies_of_real_scans_probe_patients_that_pretraining_has_not_seen(tmp_path, modality, train, tested):
     study = configs.load(ev.Study, [str(HERE / f"configs/study_{modality}.py")])
-    known = {field.name for field in dataclasses.fields(ev.Config)}
-    keys = [f"--{key}={value}" for key, value in study.pretrain_keys.items() if key in known]
-    cfg = configs.load(ev.Config, [str(HERE / study.pretrain_config), *keys, f"--data={os.environ['S2DC_REAL_DATA']}"], foreign=True)
-    seen = [str(file) for case in data.find_cases(cfg) for file in case["images"]]
+    keys = study.pretrain_keys | dict(data=os.environ["S2DC_REAL_DATA"])
+    script = configs.load(pretrain.Config, [str(HERE / study.pretrain_config), *flags(**keys)])         # takes every key
+    seen = [str(file) for case in data.find_cases(script) for file in case["images"]]
+    keys = {key: value for key, value in keys.items() if hasattr(ev.Config(), key)} | study.probe_keys
+    cfg = configs.load(ev.Config, [str(HERE / study.pretrain_config), *flags(**keys)], foreign=True)
     cases = [case for case in data.find_cases(ev.probe_source(cfg)) if case["label"]]
     held_out = cases[max(1, round(cfg.probe_train * len(cases))):]
     assert len(seen) == train and len(held_out) == len(tested)
@@ -1229,6 +1231,7 @@ pretrain_config, finetune_config = {str(HERE / "configs/demo.py")!r}, {str(HERE 
 rows = {{"random": None, "in plane": {{"rotation": (0, 0, 20.0)}}}}
 shot_rows = "random", "in plane"
 pretrain_keys = {small | dict(slab=(64, 64, 64), probe_crop=(64, 64, 64), steps=2, warmup=1, hidden=8, embedding=8, save_every=2)!r}
+probe_keys = {{"probe_train": 0.3}}
 finetune_keys = {small | dict(steps=1, warmup=0, val="train_002", test="unseen_050", exclude=("unseen_05[123]",), overlap=0.0)!r}
 workers = 0
 """)
@@ -1248,6 +1251,7 @@ workers = 0
     for row in ("random", "in plane"):
         probed = json.loads((folder / f"{row}-5/probe.json").read_text())
         assert probed["config"]["rotation"] != [0, 0, 20.0] and probed["config"]["seed"] == 5      # all rows are probed alike
+        assert probed["config"]["probe_train"] == 0.3
         (encoder, numbers), = probed["probe"].items()
         assert encoder == ("random" if row == "random" else f"runs/study/{row}-5/encoder.pt")
         linear = numbers["linear"]["balanced_accuracy"]
