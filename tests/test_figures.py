@@ -123,6 +123,15 @@ def test_a_query_per_organ_lies_in_its_purest_patch(drawn, folder):
     assert several                                                        # some organ has a choice
 
 
+def test_a_purer_patch_goes_before_one_nearer_to_the_middle(folder):
+    shown = ev.Shown(load(folder), torch.device("cpu"))
+    ids, purity = np.zeros((8, 7, 7), int), np.zeros((8, 7, 7))
+    ids[1:6, 3, 3], purity[1:6, 3, 3] = 1, (0.9, 0.4, 0.6, 0.9, 0.5)      # its middle is cell 3
+    shown.organs = ids.ravel(), purity.ravel()
+    (name, organ, point), = shown.queries
+    assert (name, organ) == ("organ 1", 1) and point.tolist() == [4 * P + 3.5, 3 * P + 3.5, 3 * P + 3.5]
+
+
 def test_a_patch_reaches_half_a_voxel_beyond_its_voxels(shown):
     assert shown.cell((7.4, 7.6, -0.4)) == (0, 1, 0) and shown.cell((63.4, 55.4, 55.4)) == (7, 6, 6)
     for outside in ((63.6, 0, 0), (0, 55.6, 0), (0, 0, -0.6)):
