@@ -146,7 +146,7 @@ def test_query_in_mm_is_the_query_in_voxels(folder):
     np.testing.assert_allclose(by_mm["voxel"], (41, 13.4, 20), atol=1e-6)
 
 
-def test_distribution_is_the_sharpe_ratio_in_closed_form(drawn, shown):
+def test_distribution_is_the_sharpe_ratio_in_closed_form(drawn, shown, folder):
     checkpoints, read = drawn
     content, usable = read("distribution"), shown.pair["valid_"].numpy()
     for f in checkpoints:
@@ -162,6 +162,12 @@ def test_distribution_is_the_sharpe_ratio_in_closed_form(drawn, shown):
         sim = cosine(flat(shown.tokens(number["encoder"]))[[number["token"]]], flat(shown.tokens(number["encoder"], True)))[0]
         np.testing.assert_allclose(number["similarities"], sim[usable], atol=2e-5)
         np.testing.assert_allclose(np.sort(number["true_partners"]), np.sort(sim[M[number["token"]]]), atol=2e-5)
+    t = next(t for t in np.flatnonzero(matched) if M[:, t].any() and not (M[t] & M[:, t]).any())      # goes to others than come to it
+    args = f"--checkpoint={checkpoints[1]}", f"--query={shown.centres[t].tolist()}".replace("[", "(").replace("]", ")")
+    number, = draw(folder, "distribution", *args, out="asked")("distribution")["chosen"]
+    sim = cosine(flat(shown.tokens(checkpoints[1]))[[t]], flat(shown.tokens(checkpoints[1], True)))[0]
+    assert number["token"] == t
+    np.testing.assert_allclose(np.sort(number["true_partners"]), np.sort(sim[M[t]]), atol=2e-5)
 
 
 def test_tsne_silhouettes_equal_scikit_learn(drawn, folder, shown):
@@ -212,6 +218,24 @@ def test_correspondence_lines_are_the_matches_of_h(drawn, shown):
     f = drawn[0][1]
     for volume, moved in ((V, False), (V_, True)):
         torch.testing.assert_close(shown.tokens(f, moved), ev.encode(shown.encoder(f), volume, (64,) * 3, P, "cpu", 0.5), rtol=0, atol=5e-3)
+
+
+def test_lines_start_in_tissue_and_are_dashed_where_wrong(drawn, shown, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    rows = []
+    monkeypatch.setattr(ev, "draw_lines", lambda figure, both, shown, *row: rows.append(row))
+    ev.draw_correspondence(shown, tmp_path)
+    content = json.loads((tmp_path / "correspondence.json").read_text())
+    M, i = data.correspondence(torch.tensor(content["H"]), shown.grid, P).numpy(), np.array(content["i"])
+    V = shown.pair["V"][0].numpy()
+    shown_by = [V[a * P:a * P + P, b * P:b * P + P, c * P:c * P + P].mean() for a, b, c in np.stack(np.unravel_index(i, shown.grid), 1)]
+    assert min(shown_by) > V.mean()
+    for row, found in zip(rows, [content["true"], *[content["encoders"][f]["predicted"] for f in drawn[0]]], strict=True):
+        start, end, true, right = row
+        assert np.array_equal(start, shown.centres[i]) and np.array_equal(end, shown.centres[found])
+        assert np.array_equal(true, shown.centres[content["true"]])
+        assert right is None if row is rows[0] else right == M[i, found].tolist()
+    assert {fine for row in rows[1:] for fine in row[3]} == {True, False}
 
 
 def test_no_patch_outside_the_scan_is_called_most_similar(folder):
