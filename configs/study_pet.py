@@ -1,4 +1,4 @@
-"""The study in small on real PET: tumour against the rest of the body, on patients that pre-training has not seen.
+"""The study in small on real PET: tumour against all else in the scan, air too, on patients that pre-training has not seen.
 
     S2DC_DATA=$S2DC_REAL_DATA python evaluate.py configs/study_pet.py --study
 
