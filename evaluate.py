@@ -2103,7 +2103,8 @@ def study_run(row, seed, slot, cfg):
     done.parent.mkdir(parents=True, exist_ok=True)
     keys = cfg.pretrain_keys | (overrides or {})
     network = {k: v for k, v in keys.items() if k in inspect.signature(Swin3D).parameters}
-    probing = same | {k: v for k, v in cfg.pretrain_keys.items() if k in known} | cfg.probe_keys | network    # rows alike: moves and tokens too
+    shared = {k: v for k, v in cfg.pretrain_keys.items() if k in known}     # not the row's: all are probed by the same moves and tokens
+    probing = same | shared | cfg.probe_keys | network
     probing |= dict(name=name, out=runs / name, probe=True, probe_random=overrides is None)
     probed = lambda: next(iter(json.loads((runs / name / "probe.json").read_text())["probe"].values()))
     if overrides is None:                                               # this row is not pre-trained

@@ -1205,7 +1205,7 @@ def test_a_study_is_not_taken_for_a_task():
 @pytest.mark.skipif(not os.environ.get("S2DC_REAL_DATA"), reason="S2DC_REAL_DATA is not set")
 @pytest.mark.parametrize("modality, train, tested", [("ct", 6, ["sts_042"]), ("mri", 15, ["sts_012", "sts_042"]),
                                                      ("pet", 6, ["013_pet", "019_pet", "042_pet"])])
-def test_the_studies_of_real_scans_probe_patients_that_pretraining_has_not_seen(tmp_path, modality, train, tested):
+def test_the_studies_of_real_scans_probe_patients_that_pretraining_has_not_seen(modality, train, tested):
     study = configs.load(ev.Study, [str(HERE / f"configs/study_{modality}.py")])
     keys = study.pretrain_keys | dict(data=os.environ["S2DC_REAL_DATA"])
     script = configs.load(pretrain.Config, [str(HERE / study.pretrain_config), *flags(**keys)])         # takes every key
