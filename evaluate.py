@@ -1853,6 +1853,7 @@ def draw_tsne(shown, out):
     names = [f"{shown.name(k)} ({count})" for k, count in number["tokens"].items()]
     axes.set_xticks(range(len(organs) + 2), [*names, "mean of organs", "all tokens"], rotation=35, ha="right")
     below.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    figure.draw_without_rendering()                 # the layout of tick labels settles at the second pass
     figure.savefig(out / "tsne.png")
     write_json(out / "tsne.json", dict(scans=[s.id for s in scans], names={k: shown.name(k) for k in organs}, encoders=numbers))
     return [out / "tsne.png"]
