@@ -183,11 +183,11 @@ def test_sharpe_ratio(dim):
 
 
 def test_sharpe_ratio_without_spread():
-    sim = torch.full((1, 5, 5), 0.1 + 0.2, requires_grad=True)                      # whose mean is not exact in float32
+    sim = torch.full((1, 7, 7), 0.1 + 0.2, requires_grad=True)                      # whose mean is not exact in float32
     ratio = sharpe_ratio(sim, 2)
     ratio.sum().backward()
     assert ratio.abs().max() < 0.1 and sim.grad.isfinite().all()
-    assert not sharpe_ratio(sim, 2, torch.zeros(1, 5, dtype=torch.bool)).any()      # no tokens at all
+    assert not sharpe_ratio(sim, 2, torch.zeros(1, 7, dtype=torch.bool)).any()      # no tokens at all
 
 
 # Sinkhorn -----------------------------------------------------------------------------------------
@@ -464,9 +464,9 @@ def test_extreme_logits(matching, block):
 
 def test_extreme_logits_of_info_nce():
     query, queue = normal(2, 4), normal(6, 4, seed=1)
-    got = info_nce(query.float(), -query.float(), queue.float(), 0.01)                          # the worst answer possible
-    assert got > 100
-    assert_close(got.double(), loop_info_nce(query.numpy(), -query.numpy(), queue.numpy(), 0.01), 1e-5)
+    got = info_nce(query.float(), -query.float(), queue.float(), 0.005)                         # the worst answer possible
+    assert got > 200
+    assert_close(got.double(), loop_info_nce(query.numpy(), -query.numpy(), queue.numpy(), 0.005), 1e-5)
 
 
 MEMORY = """
