@@ -8,6 +8,9 @@ import pytest
 
 import configs
 import data
+import evaluate
+import finetune
+import pretrain
 
 HERE = Path(configs.__file__).parent
 
@@ -126,6 +129,14 @@ def test_a_dumped_configuration_is_a_configuration(file):
     assert ast.literal_eval(text.splitlines()[2].split(" = ")[1]) == 1e-300
     full = data.Config(labels={1: "liver"}, remap={4: 3}, scans=("a",))
     assert configs.load(data.Config, [file(configs.dump(full))]) == full
+
+
+@pytest.mark.parametrize("path", sorted(HERE.glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_every_shipped_config_holds_keys_of_its_script_alone(path):
+    keys = runpy.run_path(str(path))
+    script = evaluate.Study if "rows" in keys else finetune.Config if "task" in keys else pretrain.Config
+    cfg = configs.load(script, [str(path)])                         # an unknown key, or one of another script, ends it
+    assert all(key[0] == "_" or getattr(cfg, key) == value for key, value in keys.items())
 
 
 @pytest.mark.parametrize("path", sorted(HERE.glob("[!_]*.py")), ids=lambda path: path.stem)

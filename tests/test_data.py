@@ -599,6 +599,14 @@ def test_label_and_channels_must_lie_on_the_grid_of_the_image(tmp_path):
             data.preprocess(make(shorter), config(tmp_path))
         with pytest.raises(data.VolumeError, match=r"shift.nii.gz: lies up to 30 mm away from a.nii.gz"):
             data.preprocess(make(shifted), config(tmp_path))
+    # what the rounding of a header does is no other grid, a quarter of the smallest voxel is
+    step = np.sqrt((TILTED[:3, :3] ** 2).sum(0)).min()
+    for off, fits in ((0.15, True), (0.25, False)):
+        moved = TILTED.copy()
+        moved[2, 3] += off * step
+        near = nifti(tmp_path / f"near{off}.nii.gz", ids, moved)
+        with contextlib.nullcontext() if fits else pytest.raises(data.VolumeError, match="different affines"):
+            data.preprocess(case_of(image, label=near), config(tmp_path))
     # the same grid stored the other way round is the same grid
     turn = np.array([[-1, 0, 0, 7], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
     turned = nifti(tmp_path / "turned.nii.gz", ids[::-1], TILTED @ turn)
@@ -1082,12 +1090,13 @@ def test_noise_has_its_standard_deviation_and_its_own_seed():
 
 
 def test_a_sample_changes_alike_alone_and_in_company():
-    x = torch.rand(4, 2, 10, 9, 8)
-    cfg = data.Config(**{f"jitter_{k}": (0.6, r) for k, r in dict(shift=0.1, scale=0.2, gamma=0.3, noise=0.05, blur=1.0).items()})
-    draws = torch.from_numpy(np.stack([data.draw_jitter(np.random.default_rng(k), cfg) for k in range(4)]))
-    together = data.jitter(x, draws, torch.arange(4))
-    for k in range(4):
-        alone = data.jitter(x[k:k + 1], draws[k:k + 1], torch.arange(4)[k:k + 1])
+    x = torch.rand(8, 2, 10, 9, 8)
+    cfg = data.Config(**{f"jitter_{k}": (0.6, r) for k, r in dict(shift=0.1, scale=0.2, gamma=0.3, noise=0.05, blur=2.5).items()})
+    draws = torch.from_numpy(np.stack([data.draw_jitter(np.random.default_rng(k), cfg) for k in range(8)]))
+    assert draws[:, 4].max() > 4 / 3 and 0 < draws[draws[:, 4] > 0, 4].min() < 1            # kernels of different reach
+    together = data.jitter(x, draws, torch.arange(8))
+    for k in range(8):
+        alone = data.jitter(x[k:k + 1], draws[k:k + 1], torch.arange(8)[k:k + 1])
         torch.testing.assert_close(alone[0], together[k], rtol=0, atol=1e-6)
 
 
@@ -1288,7 +1297,7 @@ def test_a_batch_keeps_large_label_ids_beside_small_ones(labelled_scans):
     samples = [data.Crops([scan], cfg, 1, 0)[0, 0] for scan in scans[:2]]
     samples[1]["label"][:] = 300
     batch = data.collate(samples)
-    assert (batch["label"][1][:, :5, :5, :5] == 300).all() and batch["label"].max() == 300
+    assert batch["label"][1][:, :5, :5, :5].unique().tolist() == [300] and batch["label"].max().item() == 300
 
 
 def test_positive_crops_are_centred_on_labelled_voxels_of_every_class(labelled_scans):
@@ -1313,9 +1322,10 @@ def test_positive_crops_are_centred_on_labelled_voxels_of_every_class(labelled_s
 def test_crops_depend_on_seed_step_and_place_alone(labelled_scans):
     scans, cfg = labelled_scans
     one, other = data.Crops(scans, cfg, 4, 5), data.Crops(scans, cfg, 4, 5)
-    later = other[3, 2]
-    for key, value in one[3, 2].items():
-        assert torch.equal(value, later[key]) if torch.is_tensor(value) else value == later[key]
+    for where in [(step, place) for step in range(3, 7) for place in range(4)]:
+        later = other[where]
+        for key, value in one[where].items():
+            assert torch.equal(value, later[key]) if torch.is_tensor(value) else value == later[key]
     assert one[0, 0]["id"] == one[0, 1]["id"]                       # crops_per_case = 2
     order = [one[divmod(n, 4)]["id"] for n in range(12)]
     assert sorted(order[::2][:3]) == sorted(order[::2][3:]) == sorted(s.id for s in scans)

@@ -368,6 +368,7 @@ def test_program_says_what_it_does_and_refuses_in_one_line(tmp_path):
     out = program("--subjects=2", "--first=7", "--modality=pet", "--size", "24", "16", "20").stdout.splitlines()
     assert out[0].startswith("phantom_007  pet  class") and out[-1].startswith(f"{tmp_path}: 2 subjects") and "MB" in out[-1]
     assert nib.load(tmp_path / "labelsTr/phantom_008.nii.gz").shape == (24, 16, 20)
+    assert "give either a FOLDER or --demo" in program("--demo").stderr
     refused = program("--first=-1")
     assert refused.returncode == 1 and "seed: expected" in refused.stderr and refused.stderr.count("\n") == 1
 
