@@ -1759,8 +1759,8 @@ def draw_evolution(shown, out):
 def draw_distribution(shown, out):
     """Fig. 3: similarities of a patch with all of V' and its Sharpe ratio (Eq. 6), for two patches; the map of the ratio over V.
 
-    The two have the highest and the lowest ratio, to the last encoder, of all patches that show an organ (without labels: tissue)
-    and whose true partner is in V'. A query point takes their place.
+    The two have the highest and the lowest ratio, to the last encoder, of all patches of tissue (of an organ, where there are
+    labels) whose true partner is in V'. A query point takes their place.
     """
     scan, pair, usable, numbers = shown.scan, shown.pair, shown.pair["valid_"], []
     sharpe = lambda rows: losses.sharpe_ratio(rows[None], 2, usable[None])[0]
@@ -1768,9 +1768,10 @@ def draw_distribution(shown, out):
     if shown.cfg.query or shown.cfg.query_mm:
         chosen = {"query": int(np.ravel_multi_index(shown.cell(shown.queries[0][2]), shown.grid))}
     else:
-        fit = np.intersect1d(np.flatnonzero(pair["tissue"] if shown.organs is None else shown.organs[0]), pair["matches"][:, 0])
+        own = pair["tissue"] & (True if shown.organs is None else shown.organs[0] > 0)         # a label may hold air
+        fit = np.intersect1d(np.flatnonzero(own), pair["matches"][:, 0])
         if not len(fit):
-            raise NoFigure("no patch of an organ, or of tissue, has its partner in V' after the config's moves")
+            raise NoFigure("no patch of tissue (of an organ, where there are labels) has its partner in V' after the config's moves")
         last = ratio[list(shown.heads)[-1]][fit]
         chosen = {"highest ratio": int(fit[last.argmax()]), "lowest ratio": int(fit[last.argmin()])}
     figure = blank(9, 2.9 + 2.1 * len(ratio), f"Similarity of a patch of V with the {usable.sum()} patches of V', scan {scan.id}")

@@ -146,7 +146,7 @@ def test_distribution_is_the_sharpe_ratio_in_closed_form(drawn, shown, folder):
         sim = cosine(flat(shown.tokens(f)), flat(shown.tokens(f, True))[usable])
         expected = (sim.max(1) - sim.mean(1)) / np.sqrt((sim ** 2).mean(1) - sim.mean(1) ** 2)
         np.testing.assert_allclose(np.ravel(content["sharpe_ratio"][f]), expected, rtol=1e-3)
-    last, organ = np.ravel(content["sharpe_ratio"][checkpoints[1]]), shown.organs[0] > 0
+    last, organ = np.ravel(content["sharpe_ratio"][checkpoints[1]]), (shown.organs[0] > 0) & tissue(shown)
     M = data.correspondence(torch.tensor(content["H"]), shown.grid, P).numpy() & usable
     matched = M.any(1)
     tokens = {n["which"]: n["token"] for n in content["chosen"]}
@@ -161,6 +161,26 @@ def test_distribution_is_the_sharpe_ratio_in_closed_form(drawn, shown, folder):
     sim = cosine(flat(shown.tokens(checkpoints[1]))[[t]], flat(shown.tokens(checkpoints[1], True)))[0]
     assert number["token"] == t
     np.testing.assert_allclose(np.sort(number["true_partners"]), np.sort(sim[M[t]]), atol=2e-5)
+
+
+def tissue(shown):
+    """(t,) bool: patches brighter than the scan."""
+    V = shown.pair["V"][0].numpy()
+    return (V[:, :56].reshape(8, P, 7, P, 7, P).mean((1, 3, 5)) > V.mean()).ravel()
+
+
+def test_distribution_of_a_label_that_holds_air_shows_tissue(folder, tmp_path):
+    shown = ev.Shown(load(folder), torch.device("cpu"))
+    ev.draw_distribution(shown, tmp_path)
+    (ratio,) = json.loads((tmp_path / "distribution.json").read_text())["sharpe_ratio"].values()
+    ratio, matched = np.ravel(ratio), np.isin(np.arange(8 * 7 * 7), shown.pair["matches"][:, 0])
+    air = ~tissue(shown) & matched
+    inside = tissue(shown) & matched & (ratio > ratio[air].min()) & (ratio < ratio[air].max())
+    assert len(np.unique(ratio[inside])) > 9
+    shown.organs = (air | inside).astype(int), np.ones(8 * 7 * 7)         # both extremes of this label lie in air
+    ev.draw_distribution(shown, tmp_path)
+    chosen = json.loads((tmp_path / "distribution.json").read_text())["chosen"]
+    assert [ratio[n["token"]] for n in chosen] == [ratio[inside].max(), ratio[inside].min()]
 
 
 def test_tsne_silhouettes_equal_scikit_learn(drawn, folder, shown):
