@@ -303,7 +303,7 @@ def check_predictions(folder, name, cfg, rows):
 
 
 def check_btcv(folder, rows, result, said):
-    assert "S2DC [paper]" in said and "84.14" in said and "from scratch [paper]" in said and "80.53" in said
+    assert said.count("  95 %") == 4 and "S2DC [paper]" in said and "84.14" in said and "from scratch [paper]" in said and "80.53" in said
     for grid in ("preprocessed", "original"):               # 13 organs and their mean
         dice, hd95 = (result["summary"][grid][metric] for metric in ("dice", "hd95"))
         assert len(dice) == 14 and list(hd95) == list(dice)
@@ -521,6 +521,24 @@ def test_the_best_validation_keeps_its_weights(small, monkeypatch, capsys, score
     assert all(torch.equal(kept["model"][name], value) for name, value in seen[best // 2 - 1].items())
     assert [line.endswith("best so far") for line in said.splitlines() if " val " in line][best // 2 - 1]
     assert f"best val balanced_accuracy all {scores[best // 2 - 1]:.4f}: " in said
+
+
+def test_a_resumed_run_remembers_its_best(small, monkeypatch, capsys):
+    told = iter((0.5, None, 0.4, 0.3))
+
+    def validate(*_):
+        score = next(told)
+        if score is None:
+            raise OSError("power cut")
+        return score
+    monkeypatch.setattr(finetune, "validate", validate)
+    train = functools.partial(here, monkeypatch, capsys, small.parent, small, finetune.main, "demo_classification",
+                              *flags(**TABLE, **SHORT | dict(steps=6)))
+    with pytest.raises(OSError, match="power cut"):
+        train()
+    assert "at step 2" in train()
+    kept = torch.load(small.parent / "runs/demo_classification/best.pt", weights_only=True)
+    assert (kept["step"], kept["score"]) == (2, 0.5)
 
 
 def test_speed_is_that_of_training_whenever_validation_comes(small, monkeypatch, capsys):
