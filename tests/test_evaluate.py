@@ -484,12 +484,14 @@ def test_contact_sheet_is_drawn(tmp_path):
     else:
         truth, spacing = blobs((40, 30, 50), 4, 0), (1.0, 2.0, 1.0)
         voxels = truth + rng().normal(size=truth.shape)
-    for name, a, b in (("both", truth, np.roll(truth, 2, 0)), ("none", truth * 0, truth * 0), ("false", truth * 0, truth)):
+    for name, a, b in (("both", truth, np.roll(truth, 2, 0)), ("none", truth * 0, truth * 0), ("false", truth * 0, truth), ("exact", truth, truth)):
         ev.contact_sheet(tmp_path / f"{name}.png", voxels, a, b, spacing, name)
     seen = {file.stem: np.asarray(image.open(file).convert("RGB")).astype(int) for file in tmp_path.glob("*.png")}
     coloured = {name: (np.ptp(picture, axis=2) > 40).mean() for name, picture in seen.items()}
     assert all(picture.shape[1] == 1320 for picture in seen.values())
     assert coloured["none"] == 0 < coloured["false"] and coloured["both"] > coloured["false"] > 0.02       # lines over a fill
+    strong = {name: (np.ptp(picture, axis=2) > 140).mean() for name, picture in seen.items()}              # of full colour: lines, legend
+    assert strong["exact"] > 2 * strong["false"]
     with pytest.raises(ValueError, match="contact_sheet"):
         ev.contact_sheet(tmp_path / "x.png", voxels, truth[1:], truth, spacing, "x")
 
