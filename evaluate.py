@@ -1768,7 +1768,7 @@ def draw_distribution(shown, out):
     if shown.cfg.query or shown.cfg.query_mm:
         chosen = {"query": int(np.ravel_multi_index(shown.cell(shown.queries[0][2]), shown.grid))}
     else:
-        own = pair["tissue"] & (True if shown.organs is None else shown.organs[0] > 0)         # a label may hold air
+        own = pair["tissue"] if shown.organs is None else pair["tissue"] & (shown.organs[0] > 0)      # a label may hold air
         fit = np.intersect1d(np.flatnonzero(own), pair["matches"][:, 0])
         if not len(fit):
             raise NoFigure("no patch of tissue (of an organ, where there are labels) has its partner in V' after the config's moves")

@@ -484,7 +484,8 @@ def test_contact_sheet_is_drawn(tmp_path):
     else:
         truth, spacing = blobs((40, 30, 50), 4, 0), (1.0, 2.0, 1.0)
         voxels = truth + rng().normal(size=truth.shape)
-    for name, a, b in (("both", truth, np.roll(truth, 2, 0)), ("none", truth * 0, truth * 0), ("false", truth * 0, truth), ("exact", truth, truth)):
+    pairs = dict(both=(truth, np.roll(truth, 2, 0)), none=(truth * 0, truth * 0), false=(truth * 0, truth), exact=(truth, truth))
+    for name, (a, b) in pairs.items():
         ev.contact_sheet(tmp_path / f"{name}.png", voxels, a, b, spacing, name)
     seen = {file.stem: np.asarray(image.open(file).convert("RGB")).astype(int) for file in tmp_path.glob("*.png")}
     coloured = {name: (np.ptp(picture, axis=2) > 40).mean() for name, picture in seen.items()}
@@ -505,3 +506,8 @@ def test_image_sheet_names_its_columns_and_shows_their_scales(monkeypatch):
     titles = [axis.get_title() for axis in kept[0].axes]
     assert titles[:4] == ["input, axial", "target, axial", "prediction, axial", "prediction - target, axial"]
     assert titles[4:12] == ["coronal"] * 4 + ["sagittal"] * 4 and len(titles) == 16         # four colour bars
+    drawn = [axis.images[0] for axis in kept[0].axes[:4]]
+    for picture, volume in zip(drawn, (target + 1, target, target * 2, target)):            # twice the target errs by the target
+        np.testing.assert_allclose(picture.get_array(), volume[:, :, 3].T[:, ::-1])
+    low, high = drawn[3].get_clim()
+    assert drawn[1].get_clim() == drawn[2].get_clim() and -low == high > 0

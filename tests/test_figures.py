@@ -84,6 +84,12 @@ def cosine(a, b):
     return np.array([[float(np.dot(p, q) / np.sqrt(np.dot(p, p) * np.dot(q, q))) for q in b] for p in a])
 
 
+def tissue(shown):
+    """(t,) bool: patches brighter than the scan."""
+    V = shown.pair["V"][0].numpy()
+    return rearrange(V[:, :56], "(i p) (j q) (k r) -> (i j k) (p q r)", p=P, q=P, r=P).mean(1) > V.mean()
+
+
 def test_all_figures_are_pictures_of_readme_size(folder, drawn):
     image = pytest.importorskip("matplotlib.image")
     expected = {"distribution", "distribution_map", "tsne", "pca", "correspondence", "curves"}
@@ -161,12 +167,6 @@ def test_distribution_is_the_sharpe_ratio_in_closed_form(drawn, shown, folder):
     sim = cosine(flat(shown.tokens(checkpoints[1]))[[t]], flat(shown.tokens(checkpoints[1], True)))[0]
     assert number["token"] == t
     np.testing.assert_allclose(np.sort(number["true_partners"]), np.sort(sim[M[t]]), atol=2e-5)
-
-
-def tissue(shown):
-    """(t,) bool: patches brighter than the scan."""
-    V = shown.pair["V"][0].numpy()
-    return (V[:, :56].reshape(8, P, 7, P, 7, P).mean((1, 3, 5)) > V.mean()).ravel()
 
 
 def test_distribution_of_a_label_that_holds_air_shows_tissue(folder, tmp_path):

@@ -311,8 +311,8 @@ def loop_sharpe_argmax(M, axis):
 def test_total_weights_and_diagnostics():
     tokens, tokens_, match, valid, valid_ = scene()
     query, key, queue = normal(3, 5), normal(3, 5, seed=1), normal(6, 5, seed=2)
-    out = s2dc_loss(tokens.clone().requires_grad_(), tokens_, match, query, key, queue, weights=(2, 3, 5), global_temperature=0.4, valid=valid,
-                    valid_=valid_)
+    out = s2dc_loss(tokens.clone().requires_grad_(), tokens_, match, query, key, queue, weights=(2, 3, 5), global_temperature=0.4,
+                    valid=valid, valid_=valid_)
     assert_close(out["global"], info_nce(query, key, queue, 0.4))
     assert out["loss"].requires_grad and out["p2p"].requires_grad
     assert_close(out["loss"], 2 * out["global"] + 3 * out["p2p"] + 5 * out["p2s"])

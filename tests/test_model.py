@@ -319,12 +319,17 @@ def test_initial_weights():
 
 
 def test_arguments_rebuild_the_network_from_a_file(tmp_path):
-    net = SwinUNETR(2, 3, feature_size=24, depths=[1, 1, 1, 1], num_heads=[2, 2, 4, 4], window_size=4, v2=False, merge="legacy")
-    save(tmp_path / "best.pt", {"arguments": net.arguments, "model": net.state_dict()})
-    file = torch.load(tmp_path / "best.pt", weights_only=True)
-    SwinUNETR(**file["arguments"]).load_state_dict(file["model"])
-    net = Classifier(1, 2, hidden=7, **SMALL)
-    Classifier(**net.arguments).load_state_dict(net.state_dict())
+    kinds = dict(depths=[1, 1, 1, 1], num_heads=[2, 2, 4, 4], window_size=4, v2=False, merge="legacy", checkpointing=True)
+    volume = torch.rand(1, 2, 64, 33, 40)
+    for net in (Swin3D(2, 24, **kinds), SwinUNETR(2, 3, feature_size=24, **kinds), Classifier(2, 3, hidden=7, feature_size=24, **kinds)):
+        save(tmp_path / "best.pt", {"arguments": net.arguments, "model": net.state_dict()})
+        file = torch.load(tmp_path / "best.pt", weights_only=True)
+        again = type(net)(**file["arguments"])
+        again.load_state_dict(file["model"])
+        assert again.arguments == net.arguments and again.arguments["checkpointing"]
+        with torch.no_grad():
+            one, other = net(volume), again(volume)
+        assert all(map(torch.equal, one, other))
 
 
 # --------------------------------------------------------------------------------------------------------- load_weights

@@ -302,12 +302,12 @@ def test_only_what_is_missing_or_stale_is_made(tmp_path, monkeypatch, capsys):
     second = stamps()
     assert "phantom_000  ct  already there" in capsys.readouterr().out
     assert second["phantom_000.nii.gz"] == first["phantom_000.nii.gz"] and len(second) == 3
+    write(tmp_path, [2], size=17)
+    assert nib.load(tmp_path / "imagesTr/phantom_002.nii.gz").shape == (17, 17, 17)
     monkeypatch.setattr(ph, "VERSION", "00000000")
     write(tmp_path, [0], size=16)
     assert stamps()["phantom_000.nii.gz"] > second["phantom_000.nii.gz"]
     assert json.loads((tmp_path / "dataset.json").read_text())["numTraining"] == 1       # the others are of another version
-    write(tmp_path, [2], size=17)
-    assert nib.load(tmp_path / "imagesTr/phantom_002.nii.gz").shape == (17, 17, 17)
 
 
 @pytest.mark.parametrize("content", [b"", b"no scan", None])
