@@ -6,9 +6,6 @@
     python evaluate.py configs/demo.py --figures=all                                   .. and in pictures
     python evaluate.py configs/study.py --study                                        many small runs, one table
 
-Pure functions on arrays first: 1. sliding window, and back to the scan's own grid; 2. metrics; 3. statistics; 4. probes of
-features; 5. pictures (numpy arrays and CPU tensors are both welcome in 2 to 5). Then what the commands are made of: 6. tasks;
-7. splits; 8. predictions and scores of cases; 9. results; 10. features of an encoder; 11. figures; 12. the study.
 Axis letters: b batch, c channel, k class, x y z voxels (RAS+: to the patient's right, front and head), n cases, t tokens.
 scikit-learn and matplotlib are needed by probes and pictures alone and imported there.
 """
@@ -44,11 +41,8 @@ from scipy.stats import rankdata
 import configs
 import data
 import losses
+import metrics
 from model import Classifier, Swin3D, SwinUNETR, WeightsError, load_weights, read_file
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. sliding window, and back to the scan's own grid
-
 
 @torch.no_grad()
 def sliding_window(predict, volume, window, overlap, batch, blend="gaussian", foreground=None, device=None, store=None,
@@ -230,247 +224,6 @@ def _resample(volume, matrix, owner, shape, order, fill):
     return rearrange(volume, f"x y z -> {names[0]} {names[1]} {names[2]}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. metrics
-
-
-def _pair(name, prediction, target, kinds):
-    """Both as numpy arrays, of one shape and of a kind that the metric takes."""
-    prediction, target = np.asarray(prediction), np.asarray(target)
-    if prediction.shape != target.shape:
-        raise ValueError(f"{name}: prediction and target must have one shape, found {prediction.shape} and {target.shape}")
-    for which, array in (("prediction", prediction), ("target", target)):
-        if array.dtype.kind not in kinds:
-            expected = {"b": "bool", "iubf": "real"}[kinds]
-            raise ValueError(f"{name}: {which} must be {expected}, found {array.dtype}")
-    return prediction, target
-
-
-def dice(prediction, target, classes):
-    """Dice of every class: 2 |P and T| / (|P| + |T|); 1 the same voxels, 0 none in common.
-
-    prediction, target  (x, y, z) or any one shape, whole numbers 0 .. classes - 1
-    returns             (classes,) float64, id 0 first; NaN: absent from both, to be left out of means;
-                        0: absent from one only
-    Raises ValueError for other shapes, ids beyond the classes and fractions.
-    """
-    prediction, target = (_ids("dice", ids, classes) for ids in _pair("dice", prediction, target, "iubf"))
-    count = [np.bincount(ids.ravel(), minlength=classes) for ids in (prediction, target, target[prediction == target])]
-    return _dice(*count)
-
-
-def dice_regions(prediction, target):
-    """Dice of masks that may overlap, such as BraTS TC, WT, ET.
-
-    prediction, target  (r, x, y, z) bool;   returns (r,) float64, as `dice`
-    """
-    prediction, target = _pair("dice_regions", prediction, target, "b")
-    axes = tuple(range(1, prediction.ndim))
-    return _dice(prediction.sum(axes), target.sum(axes), (prediction & target).sum(axes))
-
-
-def _ids(name, array, classes):
-    """Whole numbers in 0 .. classes - 1, whatever their type; label maps are often read as float32."""
-    ids = array.astype(np.int64)
-    if (ids != array).any() or (ids.size and not 0 <= ids.min() <= ids.max() < classes):
-        raise ValueError(f"{name}: ids must be whole numbers in 0 .. {classes - 1}, found {array.min()} .. {array.max()}")
-    return ids
-
-
-def _dice(predicted, true, both):
-    """(k,) from counts of voxels, NaN where there are none."""
-    size = predicted + true
-    return np.divide(2.0 * both, size, out=np.full(len(size), np.nan), where=size > 0)
-
-
-def regions(labels, groups):
-    """(x, y, z) ids -> (r, x, y, z) bool: voxel belongs to region r if its id is one of groups[r].
-
-    BraTS21: groups = ((1, 4), (1, 2, 4), (4,)) are TC, WT, ET.
-    """
-    return np.stack([np.isin(labels, group) for group in groups])
-
-
-def hausdorff95(prediction, target, spacing):
-    """95 % Hausdorff distance in mm: of both directed surface distances the 95th percentiles, and of these the larger.
-
-    prediction, target  (x, y, z) bool;   spacing  (3,) mm
-    returns             float >= 0; NaN: absent from both; inf: absent from one, which has no distance: count these
-                        and average the rest, or put a penalty in their place (BraTS: 373.13 mm, its volume's diagonal)
-
-    Surface: voxels of the mask with a face neighbour outside it, or at the volume's edge.  As MONAI's
-    HausdorffDistanceMetric(percentile=95).
-    Nearest surface voxels by k-d tree: exact, and unlike a distance transform it costs no more for far outliers.
-    """
-    prediction, target = _pair("hausdorff95", prediction, target, "b")
-    if not (prediction.any() and target.any()):
-        return np.inf if prediction.any() or target.any() else np.nan
-    surfaces = [_surface(mask) * np.asarray(spacing, float) for mask in (prediction, target)]
-    trees = [cKDTree(points) for points in surfaces]
-    return float(max(np.percentile(trees[1 - i].query(surfaces[i])[0], 95) for i in range(2)))
-
-
-def _surface(mask):
-    """(x, y, z) bool -> (m, 3) voxels on the mask's inner surface."""
-    box = ndimage.find_objects(mask.astype(np.uint8))[0]                  # whatever lies beyond is not in the mask
-    corner = [axis.start for axis in box]
-    return np.argwhere(mask[box] & ~ndimage.binary_erosion(mask[box])) + corner
-
-
-def false_volumes(prediction, target, spacing):
-    """AutoPET's false positive and false negative volume in ml (val_script.py of lab-midas/autoPET at 8da2f7e).
-
-    prediction, target  (x, y, z) bool;   spacing  (3,) mm
-    returns             (fp, fn): volume of predicted lesions that touch no true voxel, of true lesions that no predicted
-                        voxel touches.  A lesion is an 18-connected component (voxels that share a face or an edge)
-    """
-    prediction, target = _pair("false_volumes", prediction, target, "b")
-    voxel = float(np.prod(np.asarray(spacing, float))) / 1000             # mm^3 -> ml
-    return _missed(prediction, target) * voxel, _missed(target, prediction) * voxel
-
-
-def _missed(lesions, other):
-    """Voxels in the components of `lesions` that hold no voxel of `other`."""
-    parts, _ = ndimage.label(lesions, ndimage.generate_binary_structure(3, 2))
-    size = np.bincount(parts.ravel())
-    size[np.unique(parts[other])] = 0
-    return int(size[1:].sum())
-
-
-def psnr(prediction, target, data_range):
-    """Peak signal to noise ratio in dB, 10 log10(data_range^2 / mean squared error); inf for equal images.
-
-    prediction, target  one shape, real;   data_range  the largest minus the smallest value that the images can take:
-                        state it beside the number, which means nothing without it
-    """
-    prediction, target = _pair("psnr", prediction, target, "iubf")
-    _positive("psnr", data_range)
-    error = np.mean(np.subtract(prediction, target, dtype=np.float64) ** 2)
-    return np.inf if error == 0 else float(10 * np.log10(data_range**2 / error))
-
-
-def ssim(prediction, target, data_range, window=7):
-    """Mean structural similarity (Wang et al. 2004) in three dimensions; 1 equal, 0 unrelated.
-
-    prediction, target  (x, y, z) real, sides of at least `window`;   data_range as in `psnr`;   window  odd, voxels
-
-    Uniform window, sample covariance, K1 = 0.01, K2 = 0.03, windows that leave the volume not counted: the defaults of
-    skimage.metrics.structural_similarity, but in float64.  Works on slabs of x, so memory stays small on whole bodies.
-    """
-    prediction, target = _pair("ssim", prediction, target, "iubf")
-    _positive("ssim", data_range)
-    if prediction.ndim > 3 and prediction.size == np.prod(prediction.shape[-3:]):                    # b and c of one
-        prediction, target = (a.reshape(a.shape[-3:]) for a in (prediction, target))
-    if prediction.ndim != 3 or window % 2 == 0 or min(prediction.shape) < window:
-        raise ValueError(f"ssim: expected three sides of at least window = {window} voxels, odd; found {prediction.shape}")
-    total, count, valid = 0.0, 0, (slice(window // 2, -(window // 2) or None),) * 3
-    for first in range(0, prediction.shape[0] - window + 1, 64):
-        planes = slice(first, first + 64 + window - 1)
-        p, t = prediction[planes].astype(np.float64), target[planes].astype(np.float64)
-        mean_p, mean_t, pp, tt, pt = (ndimage.uniform_filter(v, window)[valid] for v in (p, t, p * p, t * t, p * t))
-        sample = window**3 / max(window**3 - 1, 1)
-        var_p, var_t, cov = sample * (pp - mean_p**2), sample * (tt - mean_t**2), sample * (pt - mean_p * mean_t)
-        c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-        score = (2 * mean_p * mean_t + c1) * (2 * cov + c2) / ((mean_p**2 + mean_t**2 + c1) * (var_p + var_t + c2))
-        total, count = total + score.sum(), count + score.size
-    return float(total / count)
-
-
-def nmse(prediction, target):
-    """Normalised mean squared error, sum (p - t)^2 / sum t^2; 0 equal, 1 as bad as an image of zeros.
-
-    For a target that was z-scored over the whole volume this is the mean squared error.
-    """
-    prediction, target = _pair("nmse", prediction, target, "iubf")
-    power = np.sum(np.square(target, dtype=np.float64))
-    if power == 0:
-        raise ValueError("nmse: target is zero everywhere, so the error cannot be normalised")
-    return float(np.sum(np.subtract(prediction, target, dtype=np.float64) ** 2) / power)
-
-
-def _positive(name, data_range):
-    if not (np.isfinite(data_range) and data_range > 0):
-        raise ValueError(f"{name}: data_range must be finite and above 0, found {data_range}")
-
-
-def classification_scores(probabilities, labels):
-    """Scores of a classifier, the larger class's share beside them.
-
-    probabilities  (n, k), rows sum to one;   labels  (n,) integer ids 0 .. k - 1
-    returns        dict of plain numbers and lists:
-        accuracy           share of cases whose most probable class (the first of equals) is the true one
-        majority_accuracy  accuracy of always naming the most frequent class of these labels
-        recall             [k] share of each class's cases found; NaN for a class without a case
-        balanced_accuracy  mean recall of the classes that have cases
-        auc                [k] one-vs-rest area under the ROC curve, ties count half; NaN without cases on both sides
-        auc_mean           mean of those (macro)
-        confusion          [k][k] cases, rows true, columns predicted
-    """
-    probabilities, labels = np.asarray(probabilities, float), np.asarray(labels)
-    n, k = probabilities.shape
-    if labels.shape != (n,) or labels.dtype.kind not in "iu" or not n or not 0 <= labels.min() <= labels.max() < k:
-        raise ValueError(f"classification_scores: labels must be ({n},) integers below {k}, found {labels.dtype} {labels.shape}")
-    if not np.isfinite(probabilities).all():
-        raise ValueError("classification_scores: probabilities hold NaN or infinite values")
-    confusion = np.zeros((k, k), int)
-    np.add.at(confusion, (labels, probabilities.argmax(1)), 1)
-    cases = confusion.sum(1)
-    recall = np.divide(confusion.diagonal(), cases, out=np.full(k, np.nan), where=cases > 0)
-    auc = []
-    for c in range(k):                                                     # Mann-Whitney: how often a case outranks the rest
-        positive = labels == c
-        m, rest = positive.sum(), n - positive.sum()
-        rank = rankdata(probabilities[:, c])[positive].sum() - m * (m + 1) / 2
-        auc.append(float(rank / (m * rest)) if m and rest else np.nan)
-    return dict(accuracy=float(confusion.trace() / n), majority_accuracy=float(cases.max() / n), recall=recall.tolist(),
-                balanced_accuracy=float(np.nanmean(recall)), auc=auc, auc_mean=_mean(auc), confusion=confusion.tolist())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. statistics
-
-
-def _mean(values):
-    """Mean without NaN; NaN of nothing, without numpy's warning."""
-    values = np.asarray(values, float)
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if values.size else np.nan
-
-
-def bootstrap_mean(values, seed=0, n=10000):
-    """Mean over cases and its 95 % interval: 2.5th and 97.5th percentile of `n` means of cases drawn with replacement.
-
-    values   (m,) one number per case; NaN: the case has no score and is left out
-    returns  (mean, low, high); with one case or an infinite value there is no interval: NaN.  With fewer than about ten
-             cases it is too narrow: it cannot know of cases unlike those at hand
-    """
-    values = np.asarray(values, float)
-    if values.ndim != 1:
-        raise ValueError(f"bootstrap_mean: expected one number per case, found shape {values.shape}")
-    values = values[~np.isnan(values)]
-    if len(values) < 2 or not np.isfinite(values).all():
-        return _mean(values), np.nan, np.nan
-    rng, rows = np.random.default_rng(seed), max(1, 2**22 // len(values))            # at most 32 MiB of indices at once
-    means = [values[rng.integers(len(values), size=(min(rows, n - i), len(values)))].mean(1) for i in range(0, n, rows)]
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return _mean(values), float(low), float(high)
-
-
-def paired_difference(a, b, seed=0, n=10000):
-    """Mean of a - b over the cases that both scored, and its interval, as `bootstrap_mean`.
-
-    a, b  (m,) one number per case, the same cases in the same order; above 0: a is larger
-    """
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    if a.shape != b.shape:
-        raise ValueError(f"paired_difference: a and b must score the same cases, found {a.shape} and {b.shape}")
-    return bootstrap_mean(a - b, seed, n)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. probes: what features (t, d) know of organs, without fine-tuning
-
-
 def _need(module, package):
     """A module that only some commands use."""
     try:
@@ -555,7 +308,7 @@ def _thin(y, seed, limit):
 def _recalls(predicted, true, trained):
     known = np.intersect1d(true, trained)
     recall = {int(c): float(np.mean(predicted[true == c] == c)) for c in known}
-    return dict(balanced_accuracy=_mean(list(recall.values())), recall=recall, untrained=np.setdiff1d(true, trained).tolist())
+    return dict(balanced_accuracy=metrics.mean(list(recall.values())), recall=recall, untrained=np.setdiff1d(true, trained).tolist())
 
 
 def silhouette(x, y, metric="cosine", seed=0, limit=1000):
@@ -565,7 +318,7 @@ def silhouette(x, y, metric="cosine", seed=0, limit=1000):
     limit    at most so many tokens per class, drawn by `seed`: time grows with the square of their number
     returns  (mean over tokens, {id: mean over its tokens})
     """
-    metrics = _need("sklearn.metrics", "scikit-learn")
+    measures = _need("sklearn.metrics", "scikit-learn")
     if metric not in ("cosine", "euclidean"):
         raise ValueError(f"silhouette: metric must be 'cosine' or 'euclidean', found {metric!r}")
     x, y = np.asarray(x, np.float64), np.asarray(y)
@@ -573,7 +326,7 @@ def silhouette(x, y, metric="cosine", seed=0, limit=1000):
     x, y = x[chosen], y[chosen]
     if not 2 <= len(np.unique(y)) < len(y):
         raise ValueError(f"silhouette: expected two classes and more tokens than classes, found {len(set(y))} and {len(y)}")
-    values = metrics.silhouette_samples(x, y, metric=metric)
+    values = measures.silhouette_samples(x, y, metric=metric)
     return float(values.mean()), {int(c): float(values[y == c].mean()) for c in np.unique(y)}
 
 
@@ -591,12 +344,14 @@ def effective_rank(x):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. pictures
+# pictures
+
 
 # The first seven are Okabe and Ito's (2008), told apart by all kinds of colour vision; fourteen cannot all be, and later
 # ones repeat, so every class also carries its number in the picture.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
            "#44AA99", "#882255", "#DDCC77", "#332288", "#999933", "#99DDFF", "#EE8866")
+
 
 # name, axis that is cut, axes across and up, letters at the left, right, lower and upper edge
 PLANES = (("axial", 2, 0, 1, "RLPA"), ("coronal", 1, 0, 2, "RLIS"), ("sagittal", 0, 1, 2, "APIS"))
@@ -733,10 +488,6 @@ def _legend(figure, shown, names, has_truth, has_prediction):
                 Line2D([], [], color="0.3", label="line: truth" + ("" if has_truth else " (empty)"))]
     figure.legend(handles=handles, loc="lower center", ncols=6, fontsize=9, frameon=False,
                   bbox_to_anchor=(0.5, 0.22 / figure.get_figheight()))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. tasks: all that differs between the four stands here
 
 
 @dataclasses.dataclass
@@ -913,10 +664,6 @@ def check(cfg):
             raise SystemExit(text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. who trains, who chooses, who is reported
-
-
 def split_cases(cfg):
     """{"train": [case], "val": [case], "test": [case]} with a class number under "class" for classification.
 
@@ -1051,10 +798,6 @@ def _check_parts(parts, cfg):
             raise SystemExit(f"{len(both)} subjects are in {a} and in {b}: {', '.join(sorted(both)[:4])}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 8. predict and score cases
-
-
 def nothing_there(scan, cfg):
     """Output of the network, per channel, that stands for empty space."""
     if cfg.task == "segmentation":
@@ -1112,13 +855,13 @@ def score_segmentation(ready, scan, cfg, full):
     scores, names = {}, names_of(cfg)
     for grid, (predicted, true, spacing) in grids.items():
         predicted, true = predicted.numpy(), true.numpy()
-        values = dict(zip(names, dice_regions(predicted, true).tolist()))
-        scores[grid] = {"dice": values | {"mean": _mean(list(values.values()))}}
+        values = dict(zip(names, metrics.dice_regions(predicted, true).tolist()))
+        scores[grid] = {"dice": values | {"mean": metrics.mean(list(values.values()))}}
         if cfg.hd95 and full:
-            values = {name: hausdorff95(p, t, spacing) for name, p, t in zip(names, predicted, true)}
-            scores[grid]["hd95"] = values | {"mean": _mean([v if np.isfinite(v) else np.nan for v in values.values()])}
+            values = {name: metrics.hausdorff95(p, t, spacing) for name, p, t in zip(names, predicted, true)}
+            scores[grid]["hd95"] = values | {"mean": metrics.mean([v if np.isfinite(v) else np.nan for v in values.values()])}
         if cfg.lesion_volumes and full:
-            volumes = [false_volumes(p, t, spacing) for p, t in zip(predicted, true)]
+            volumes = [metrics.false_volumes(p, t, spacing) for p, t in zip(predicted, true)]
             for k, metric in enumerate(("false_positive_ml", "false_negative_ml")):
                 scores[grid][metric] = {name: pair[k] for name, pair in zip(names, volumes)}
             positive = [name for name, t in zip(names, true) if t.any()]
@@ -1156,9 +899,9 @@ def score_image(ready, scan, cfg, full):
     scores = {"psnr": {}, "nmse": {}} | ({"ssim": {}} if full else {})
     for part, guess, where in (("whole", ready, None), ("pasted", pasted, None), ("tissue", ready, inside), ("input", image, None)):
         a, b = (guess, truth) if where is None else (guess[where], truth[where])
-        scores["psnr"][part], scores["nmse"][part] = psnr(a, b, reach), nmse(a, b)
+        scores["psnr"][part], scores["nmse"][part] = metrics.psnr(a, b, reach), metrics.nmse(a, b)
         if full and where is None:
-            scores["ssim"][part] = float(np.mean([ssim(p, t, reach) for p, t in zip(guess.numpy(), truth.numpy())]))
+            scores["ssim"][part] = float(np.mean([metrics.ssim(p, t, reach) for p, t in zip(guess.numpy(), truth.numpy())]))
     return {"preprocessed": scores | {"data_range": {"used": reach}}}
 
 
@@ -1178,8 +921,8 @@ def summarise(rows, cfg):
     if cfg.task == "classification":
         probabilities = np.array([list(row["scores"]["scans"]["probability"].values()) for row in rows])
         truth = np.array([row["scores"]["scans"]["class"]["true"] for row in rows])
-        scores = classification_scores(probabilities, truth)
-        right = bootstrap_mean((probabilities.argmax(1) == truth).astype(float))
+        scores = metrics.classification_scores(probabilities, truth)
+        right = metrics.bootstrap_mean((probabilities.argmax(1) == truth).astype(float))
         table = {"accuracy": {"all": dict(mean=right[0], low=right[1], high=right[2], cases=len(rows))}}
         for metric in ("balanced_accuracy", "majority_accuracy", "auc_mean"):
             table[metric] = {"all": dict(mean=scores[metric], cases=len(rows))}
@@ -1187,14 +930,14 @@ def summarise(rows, cfg):
             table[metric] = {name: dict(mean=v, cases=int((truth == k).sum())) for k, (name, v) in enumerate(zip(class_names(cfg), scores[metric]))}
         return {"scans": table | {"confusion": scores["confusion"]}}
     table = {}
-    for grid, metrics in rows[0]["scores"].items():
+    for grid, scored in rows[0]["scores"].items():
         table[grid] = {}
-        for metric in metrics:
+        for metric in scored:
             parts = list(dict.fromkeys(part for row in rows for part in row["scores"][grid][metric]))
             table[grid][metric] = {}
             for part in parts:
                 values = [row["scores"][grid][metric].get(part, np.nan) for row in rows]
-                mean, low, high = bootstrap_mean([v if np.isfinite(v) else np.nan for v in values])
+                mean, low, high = metrics.bootstrap_mean([v if np.isfinite(v) else np.nan for v in values])
                 table[grid][metric][part] = dict(mean=mean, low=low, high=high, cases=int(np.isfinite(values).sum()))
                 if np.isinf(values).any():
                     table[grid][metric][part]["missed"] = int(np.isinf(values).sum())      # one of the two masks was empty
@@ -1213,7 +956,7 @@ def main_score(rows, cfg):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9. results: files and tables
+# results: files and tables
 
 
 def write_prediction(folder, scan, ready, cfg):
@@ -1280,8 +1023,8 @@ def result_tables(results, cfg):
     """Text of everything scored: a table per grid and metric, a row per checkpoint, the paper's rows below the first."""
     text = []
     first = next(iter(results.values()))["summary"]
-    for grid, metrics in first.items():
-        for metric, parts in metrics.items():
+    for grid, scored in first.items():
+        for metric, parts in scored.items():
             if metric == "confusion":
                 text += [f"confusion of {name} (rows: truth, columns: prediction; {', '.join(class_names(cfg))}): "
                          f"{result['summary'][grid][metric]}" for name, result in results.items()]
@@ -1315,7 +1058,7 @@ def compare(results, cfg):
         else:
             right = [[r["scores"][grid][metric].get(part, np.nan) for r in results[n]["rows"]] for n in (name, names[0])]
             what = f"{metric} {part}"
-        mean, low, high = paired_difference(*right)
+        mean, low, high = metrics.paired_difference(*right)
         lines.append(f"{name} minus {names[0]}: {what} {mean:+.4f}, 95 % interval {low:+.4f} .. {high:+.4f} ({len(right[0])} cases, paired)")
     return "\n".join(lines)
 
@@ -1374,10 +1117,6 @@ def versions():
     """What a result was made with: library versions, commit of this repository or "unknown", device, command line."""
     return dict(torch=str(torch.__version__), numpy=np.__version__, nibabel=nib.__version__, commit=data.commit(),
                 device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", argv=sys.argv)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 10. features of an encoder
 
 
 def load_encoder(path, cfg, device, seed=None):
@@ -1508,9 +1247,6 @@ def probe(cfg, device):
           "found again after the config's moves)")
     return results
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 11. figures: what an encoder learned, as pictures with the numbers behind them
 
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
          "legend.fontsize": 8, "legend.frameon": False, "figure.titlesize": 11, "figure.facecolor": "white", "savefig.dpi": 150}
@@ -1827,7 +1563,7 @@ def draw_tsne(shown, out):
         flat = manifold.TSNE(2, perplexity=24, init="pca", random_state=cfg.seed).fit_transform(x[kept])
         scores = {metric: silhouette(x, y, metric, cfg.seed, cfg.probe_limit) for metric in ("euclidean", "cosine")}
         numbers[f] = dict(points=flat.round(3), organ=y[kept], scan=n[kept], tokens={k: int((y == k).sum()) for k in organs},
-                          silhouette={m: dict(mean=mean, mean_of_organs=_mean(list(each.values())), organs=each)
+                          silhouette={m: dict(mean=mean, mean_of_organs=metrics.mean(list(each.values())), organs=each)
                                       for m, (mean, each) in scores.items()})
     figure = blank(9, 9, f"Tokens of {shown.patch} voxels that show an organ, {len(scans)} scans; t-SNE, perplexity 24")
     above, below = figure.subfigures(2, 1, height_ratios=[1.2, 1])
@@ -2009,10 +1745,6 @@ def figures(cfg, device):
                 print(f"{name}: left out, {reason}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 12. the study: many small runs, one table
-
-
 @dataclasses.dataclass
 class Study:
     """The keys of python evaluate.py configs/study.py --study."""
@@ -2144,16 +1876,16 @@ def study_table(results, cfg):
     return "\n".join(lines) + f"\n\nMean (seeds {', '.join(map(str, cfg.seeds))}); {minutes:.0f} minutes of processes, {cfg.jobs} at a time."
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# program
-
-
 def write_json(path, content):
     """Written aside and renamed; arrays become lists."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{os.getpid()}-{path.name}")
     aside.write_text(json.dumps(content, indent=1, default=lambda v: v.tolist() if hasattr(v, "tolist") else list(v)))
     os.replace(aside, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# program
 
 
 def inference_scans(cfg):
@@ -2208,7 +1940,7 @@ def main(argv):
     for name, result in results.items():
         for row in result["rows"] if cfg.task != "classification" else []:
             print(f"{row['id']}  " + "  ".join(f"{grid} {metric} {cell(parts.get('mean', parts.get('whole')), metric)}"
-                                                for grid, metrics in row["scores"].items() for metric, parts in metrics.items()
+                                                for grid, scored in row["scores"].items() for metric, parts in scored.items()
                                                 if "mean" in parts or "whole" in parts))
     same = " (the cases that chose the checkpoint)" if cfg.part == "test" and cfg.test == "val" or cfg.part == "val" else ""
     print(f"\n{cfg.name}: {len(scans)} {cfg.part} cases{same}\n\n" + result_tables(results, cfg))

@@ -184,15 +184,15 @@ def test_distribution_of_a_label_that_holds_air_shows_tissue(folder, tmp_path):
 
 
 def test_tsne_silhouettes_equal_scikit_learn(drawn, folder, shown):
-    metrics = pytest.importorskip("sklearn.metrics")
+    witness = pytest.importorskip("sklearn.metrics")
     checkpoints, read = drawn
     scans = ev.probe_scans(shown.cfg)
     for f in checkpoints:
         number = read("tsne")["encoders"][f]
         x, y, _ = ev.organ_tokens(shown.encoder(f), scans, shown.cfg, "cpu", 0.5)
         for metric in ("euclidean", "cosine"):
-            assert number["silhouette"][metric]["mean"] == pytest.approx(metrics.silhouette_score(x, y, metric=metric), abs=1e-5)
-            each = metrics.silhouette_samples(x, y, metric=metric)
+            assert number["silhouette"][metric]["mean"] == pytest.approx(witness.silhouette_score(x, y, metric=metric), abs=1e-5)
+            each = witness.silhouette_samples(x, y, metric=metric)
             assert number["silhouette"][metric]["organs"]["2"] == pytest.approx(each[y == 2].mean(), abs=1e-5)
         assert number["tokens"] == {str(k): int((y == k).sum()) for k in (1, 2, 3)}
         assert len(number["points"]) == len(number["organ"]) == sum(min(40, n) for n in number["tokens"].values())
