@@ -21,7 +21,7 @@ from torch import nn
 import data
 import losses
 import pretrain
-from evaluate import sliding_window
+from tasks import sliding_window
 
 
 def device():

@@ -24,12 +24,13 @@ from torch.nn.parallel import DistributedDataParallel
 import configs
 import data
 import evaluate
+import tasks
 from model import WeightsError, load_weights, read_file, save
 
 
 @dataclasses.dataclass
-class Config(evaluate.Config):
-    """What training adds; the task's own keys are in evaluate.Config. Sources: paper, released code, ours."""
+class Config(tasks.Config):
+    """What training adds; the task's own keys are in tasks.Config. Sources: paper, released code, ours."""
     init: str = ""                  # weights to start from, any kind that model.load_weights knows; "" from scratch
     downsample: str = "legacy"      # how a MONAI-style file merges patches, see model.load_weights
     freeze_encoder: bool = False    # train the rest alone
@@ -78,7 +79,7 @@ def lr_at(step, cfg):
 
 def check(cfg, ranks):
     """Refuse a configuration that cannot run, one line, before anything is read."""
-    evaluate.check(cfg)
+    tasks.check(cfg)
     rules = [
         (cfg.batch > 0 and cfg.accumulate > 0 and cfg.batch % (ranks * cfg.accumulate) == 0,
          f"batch = {cfg.batch} does not divide into {ranks} processes x {cfg.accumulate} accumulated passes"),
@@ -108,7 +109,7 @@ def start_from(network, cfg, say):
     if not isinstance(then, dict):
         say(f"{cfg.init} does not say under which preprocessing it was trained")
         return
-    for line in evaluate.preprocessing_differences(then, cfg):
+    for line in tasks.preprocessing_differences(then, cfg):
         say(f"  {line} here")
 
 
@@ -153,13 +154,13 @@ def resume(run, resolved):
 
 def validate(network, scans, cfg, device, rank, ranks):
     """The main score over all validation scans, shared out between the ranks."""
-    rows = evaluate.score_cases([network], scans[rank::ranks], cfg, device)
+    rows = tasks.score_cases([network], scans[rank::ranks], cfg, device)
     network.train()
     if ranks > 1:
         parts = [None] * ranks
         dist.all_gather_object(parts, rows)
         rows = sorted(sum(parts, []), key=lambda row: row["id"])
-    return evaluate.main_score(rows, cfg)
+    return tasks.main_score(rows, cfg)
 
 
 def main(argv):
@@ -173,7 +174,7 @@ def main(argv):
     say(configs.dump(cfg))
 
     # the cases and their scans: one process a machine fills the cache, before the others are waited for
-    parts = evaluate.split_cases(cfg)
+    parts = tasks.split_cases(cfg)
     say("  ".join(f"{part}: {len(cases)} cases of {len({c['subject'] for c in cases})} subjects" for part, cases in parts.items()))
     used = parts["train"] + parts["val"]
     if local == 0:
@@ -185,11 +186,11 @@ def main(argv):
     if ranks > 1:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
         dist.barrier()
-    scans = evaluate.check_channels(data.open_scans(cfg, used, say), cfg)
+    scans = tasks.check_channels(data.open_scans(cfg, used, say), cfg)
     train, val = scans[:len(parts["train"])], scans[len(parts["train"]):]
 
     # the network
-    task = evaluate.TASKS[cfg.task]
+    task = tasks.TASKS[cfg.task]
     torch.manual_seed(cfg.seed)
     network = task.network(cfg).to(device)
     if cfg.init and state is None:
@@ -241,7 +242,7 @@ def main(argv):
                 image, label, target = data.moved_crops(batch, cfg)
             model.require_backward_grad_sync = a == cfg.accumulate - 1
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                output = evaluate.forward(model, image, cfg)
+                output = tasks.forward(model, image, cfg)
             part = task.loss(output, batch | {"label": label, "target": target}, cfg) / cfg.accumulate
             part.backward()
             loss = loss + part.detach()

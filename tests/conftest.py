@@ -1,8 +1,257 @@
-"""One thread for each worker of `pytest -n 2`, and for the programs it starts: two workers of two threads wait for each other."""
-import os
+"""What several files of tests share: tiny networks and data sets, and ways to run a script on them.
 
+One thread for each worker of `pytest -n 2`, and for the programs it starts: two workers of two threads wait for each other.
+"""
+import csv
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
 import torch
+from einops import rearrange
+
+import configs
+import data
+import finetune
+import tasks
+from model import Swin3D, save
+from phantom import phantom
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+HERE = Path(finetune.__file__).parent
+
+
+NETWORK = dict(feature_size=4, num_heads=(1, 1, 1, 1), window_size=4)
+
+
+SHORT = dict(steps=2, warmup=1, eval_every=2, save_every=2, log_every=1, batch=1, crops_per_case=1)
+
+
+AXES = "RAS", "LPS", "PSR", "LPS"       # how the files of a phantom are stored, by its seed modulo 4
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def flags(**keys):
+    return [f"--{key}={value}" for key, value in keys.items()]
+
+
+def command(script, config, *args):
+    return [sys.executable, str(HERE / script), str(HERE / "configs" / f"{config}.py"), *args]
+
+
+def environment(root):
+    return os.environ | dict(S2DC_DATA=str(root), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONUNBUFFERED="1")
+
+
+def script(folder, root, *argv):
+    """Run a script in `folder` to its good end; what it printed."""
+    done = subprocess.run(argv, cwd=folder, env=environment(root), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def here(monkeypatch, capsys, folder, root, main, config, *args):
+    """The same in this process."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("S2DC_DATA", str(root))
+    capsys.readouterr()
+    main([str(HERE / "configs" / f"{config}.py"), *args])
+    return capsys.readouterr().out
+
+
+def settings(name, kind=tasks.Config, **keys):
+    return dataclasses.replace(configs.load(kind, [str(HERE / "configs" / f"{name}.py")], foreign=True), **keys)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# folders as after the download
+
+
+@functools.lru_cache(None)
+def drawn(seed, modality):
+    return phantom(seed, modality, 64)
+
+
+def nifti(path, voxels, affine=np.eye(4), axes="RAS", kind=np.int16):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(np.asarray(voxels, kind), affine)
+    image.set_sform(affine, 1)                              # scanner coordinates; nibabel's own choice is 2
+    image.set_qform(affine, 1)
+    turn = nib.orientations.ornt_transform(*map(nib.orientations.axcodes2ornt, ("RAS", axes)))
+    nib.save(image.as_reoriented(turn), path)
+
+
+CCII = [(kind, k * 10 + p, 100 * k + p, p) for k, kind in enumerate(("Normal", "CP", "NCP")) for p in range(4)]
+
+
+CCII += [("CP", 10, 150, 0), ("NCP", 29, 209, None)]        # the second scan of a patient, and one that no list names
+
+
+def lay_cc_ccii(root, link):
+    Image = pytest.importorskip("PIL.Image")
+    lists = {(fold, part): [] for fold in range(3) for part in ("train", "valid")}
+    for kind, patient, scan, role in CCII:                  # role 0: in all valid lists, 1 .. 3: in that of fold 0 .. 2
+        for z in range(11):
+            grey = np.clip(drawn(1 + patient % 3, "ct")["images"]["ct"][::2, ::2, 5 * z] / 4 + 128, 0, 255).astype(np.uint8)
+            folder = root / "CC-CCII" / kind / str(patient) / str(scan)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(grey).save(folder / f"{z + 1}.png")
+        row = [f"{kind}-1.zip", ("Normal", "CP", "NCP").index(kind), kind, patient, scan, 11, 1, f"[{scan}, {scan + 50}]"]
+        for fold in range(3) if role is not None else ():
+            lists[fold, "valid" if role in (0, fold + 1) else "train"].append(row)
+    (root / "CC-CCII/csv").mkdir()
+    for (fold, part), rows in lists.items():
+        with open(root / f"CC-CCII/csv/CC_CCII_fold{fold}_{part}.csv", "w", newline="") as file:
+            head = "zip_file,target,label,patient_id,scan_id,n_slice,scan_count,all_scan_ids".split(",")
+            csv.writer(file).writerows([head, *rows])
+
+
+def write_case(root, number, seed, axes=None):
+    """A subject of the demo of segmentation."""
+    subject = drawn(seed, "ct")
+    for part, voxels, kind in (("imagesTr", subject["images"]["ct"], np.int16), ("labelsTr", subject["label"], np.uint8)):
+        nifti(root / f"demo_ct/train/{part}/phantom_{number:03d}.nii.gz", voxels, subject["affine"], axes or AXES[seed % 4], kind)
+
+
+@pytest.fixture(scope="module")
+def abdomens(tmp_path_factory):
+    """Five labelled CT in the demo's layout, numbers 0 to 4."""
+    root = tmp_path_factory.mktemp("abdomens")
+    for number in range(5):
+        write_case(root, number, number)
+    rows = ["id,seed,class,lesion"] + [f"phantom_{n:03d},{n},{n % 2},0" for n in range(5)]
+    (root / "demo_ct/train/participants.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+DEMO = dict(image="demo_ct/train/imagesTr/phantom_{id}.nii.gz", label="demo_ct/train/labelsTr/phantom_{id}.nii.gz", workers=0,
+            label_fraction=1.0, val="003", test="004", **NETWORK)
+
+
+KINDS = dict(resize=(64, 64, 64), classes={"0": 0, "1": 1}, val=("002", "003"), test="004", val_share=0.0, test_share=0.0,
+             workers=0, **NETWORK)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# several processes, and a kill at any moment
+
+def log_of(run):
+    """Complete lines of a log that may just be growing."""
+    path = run / "log.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bad input: one line each, before any training step
+
+BOX = np.indices((16, 16, 16)).sum(0)                       # an image, and the source of its label
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Four small labelled scans with ids 0 to 3, of which 2 chooses and 3 is reported; spoil one and try."""
+    for k in range(4):
+        for part, voxels in (("img", BOX * (k + 1)), ("lab", BOX > 20)):
+            nifti(tmp_path / f"data/s{k}_{part}.nii.gz", voxels)
+    (tmp_path / "data/t.csv").write_text("id,class\n0,a\n1,b\n2,a\n3,b\n")
+    return tmp_path / "data"
+
+
+SMALL = dict(image="s{id}_img.nii.gz", label="s{id}_lab.nii.gz", labels={1: "one"}, val=("2",), test=("3",), crop=(64, 64, 64),
+             foreground=-1.0, label_fraction=1.0, workers=0, **NETWORK)
+
+
+TABLE = dict(image="s{id}_img.nii.gz", table="t.csv", table_key="{id}", case_key="{id}", class_from="{class}", workers=0,
+             classes={"a": 0, "b": 1}, val=("2",), test=("3",), val_share=0.0, test_share=0.0, foreground=-1.0,
+             resize=(64, 64, 64), **NETWORK)
+
+
+@pytest.fixture
+def refused(small, monkeypatch, capsys):
+    """refused(keys, config) -> the text that finetune.py ended with; nothing was trained."""
+    def run(keys={}, config="demo_segmentation", main=finetune.main, training=SHORT):
+        base = {"demo_segmentation": SMALL, "demo_classification": TABLE}[config]
+        with pytest.raises(SystemExit) as caught:
+            here(monkeypatch, capsys, small.parent, small, main, config, *flags(**base | training | keys))
+        assert not list(small.parent.glob("runs/*/log.jsonl")) and "step      " not in capsys.readouterr().out
+        line, *count = str(caught.value).split("\n")
+        assert count in ([], ["1 unusable; mend them or name their ids under `exclude`"])      # the latter of the cache
+        return line
+    return run
+
+
+def encoder_file(path, **other):
+    encoder = Swin3D(**NETWORK | other)
+    save(path, dict(format="s2dc/encoder", encoder=encoder.state_dict(), arguments=encoder.arguments))
+    return encoder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training crops
+
+STILL = dict(rotation=(0.0, 0.0, 0.0), scale=(1.0, 1.0), shift=(0.0, 0.0, 0.0), flip=(0.0, 0.0, 0.0), shear=0.0)
+
+
+QUIET = {f"jitter_{kind}": (0.0, 0.0) for kind in ("shift", "scale", "gamma", "noise", "blur")}
+
+
+@pytest.fixture
+def scans(tmp_path, monkeypatch):
+    """scans(label maps, keys) -> (cached scans whose image is their label, config)."""
+    monkeypatch.setenv("S2DC_DATA", str(tmp_path))
+
+    def make(maps, **keys):
+        for k, label in enumerate(maps):
+            image = label.astype(np.float32)
+            image[0, 0, 0] = -1                             # the fill, and no constant volume
+            nifti(tmp_path / f"s{k}_img.nii.gz", image, kind=np.float32)
+            nifti(tmp_path / f"s{k}_lab.nii.gz", label, kind=np.uint8)
+        usual = dict(image="s{id}_img.nii.gz", label="s{id}_lab.nii.gz", spacing=(), window=(0.0, 1.0), intensity="scale",
+                     foreground=-9.0, cache=str(tmp_path / "cache"), crop=(20, 20, 20), labels={}, workers=0)
+        cfg = settings("btcv", finetune.Config, **usual | QUIET | keys)
+        return data.open_scans(cfg, say=lambda *_: None), cfg
+    return make
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scores and files
+
+def perfect(scan, cfg):
+    """Probabilities (k, x, y, z) that name the truth."""
+    truth = torch.from_numpy(scan.open("label")[0].astype(np.int64))
+    if cfg.regions:
+        return tasks.masks_of(truth, cfg).float()
+    return rearrange(torch.nn.functional.one_hot(truth, 1 + max(cfg.labels)), "x y z k -> k x y z").float()
+
+
+@pytest.fixture
+def organs(abdomens, monkeypatch, tmp_path):
+    """organs(ids, keys) -> (scans of the demo, config)."""
+    monkeypatch.setenv("S2DC_DATA", str(abdomens))
+
+    def make(numbers, **keys):
+        cfg = settings("demo_segmentation", **DEMO | dict(cache=str(tmp_path / "cache"), hd95=True) | keys)
+        return data.open_scans(cfg, [case for case in data.find_cases(cfg) if case["id"] in numbers], say=lambda *_: None), cfg
+    return make

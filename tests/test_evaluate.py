@@ -1,16 +1,35 @@
-"""evaluate.py against MONAI, scikit-image, scikit-learn, nibabel, closed forms and brute force."""
+"""evaluate.py: probes, pictures, and what it writes of networks that were never trained."""
+import csv
+import dataclasses
 import itertools
+import json
 import os
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from einops import rearrange
+from conftest import (
+    BOX,
+    DEMO,
+    KINDS,
+    NETWORK,
+    encoder_file,
+    flags,
+    here,
+    nifti,
+    settings,
+)
 from scipy import ndimage
 
+import data
 import evaluate as ev
-import metrics
+import finetune
+import tasks
+from model import save, to_monai
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rng(seed=0):
@@ -22,156 +41,6 @@ def blobs(shape, classes, seed):
     fields = np.stack([ndimage.gaussian_filter(rng(seed + i).normal(size=shape), 2) for i in range(classes)])
     fields[0] += np.abs(fields).max() * 0.3
     return fields.argmax(0)
-
-
-# 1. sliding window, and back to the scan's own grid
-
-CASES = [((37, 41, 29), 16), ((37, 41, 29), (16, 12, 20)), ((9, 33, 11), 16), ((16, 16, 16), 16), ((17, 15, 48), (16, 15, 9))]
-
-
-@pytest.mark.parametrize("blend", ["gaussian", "constant"])
-@pytest.mark.parametrize("overlap", [0.25, 0.5, 0.75])
-@pytest.mark.parametrize("size, window", CASES)
-def test_sliding_window_equals_monai(size, window, overlap, blend):
-    inferers = pytest.importorskip("monai.inferers")
-    torch.manual_seed(0)
-    network = torch.nn.Conv3d(2, 3, 5, padding=2)                         # its border effects make every blend visible
-    volume = torch.randn(2, 2, *size)
-    with torch.no_grad():
-        expected = inferers.sliding_window_inference(volume, window, 3, network, overlap, mode=blend)
-    found = ev.sliding_window(network, volume, window, overlap, 3, blend)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-
-
-def test_sliding_window_equals_monai_in_double_and_per_axis():
-    inferers = pytest.importorskip("monai.inferers")
-    network, volume = torch.nn.Conv3d(1, 2, 5, padding=2).double(), torch.randn(1, 1, 40, 33, 31, dtype=torch.float64)
-    with torch.no_grad():
-        expected = inferers.sliding_window_inference(volume, (20, 8, 16), 4, network, (0.3, 0.55, 0.7), mode="gaussian")
-    found = ev.sliding_window(network, volume, (20, 8, 16), (0.3, 0.55, 0.7), 4)
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)        # weights are float32 on both sides
-
-
-@pytest.mark.parametrize("blend, batch, store", [("gaussian", 1, None), ("gaussian", 5, "cpu"), ("constant", 100, "device")])
-def test_sliding_window_of_a_pointwise_network_is_its_forward(blend, batch, store):
-    volume, seen = torch.randn(1, 1, 21, 30, 7), []
-    def network(x):
-        seen.append(len(x))
-        return torch.cat([x, x**2, x.sin()], 1)
-    found = ev.sliding_window(network, volume, (8, 11, 9), 0.6, batch, blend, store=store)
-    torch.testing.assert_close(found, network(volume), rtol=0, atol=1e-5)
-    assert max(seen[:-1]) <= batch
-
-
-def test_sliding_window_accumulates_bfloat16_in_float32():
-    volume = torch.ones(1, 1, 20, 20, 20)
-    found = ev.sliding_window(lambda x: (x * 3).bfloat16(), volume, 8, 0.75, 4)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, volume * 3, rtol=0, atol=1e-5)      # bfloat16 sums would be off by 1e-2
-
-
-@pytest.mark.parametrize("blend", ["gaussian", "constant"])
-def test_sliding_window_skips_background_windows(blend):
-    torch.manual_seed(1)
-    network, volume = torch.nn.Conv3d(1, 2, 3, padding=1), torch.randn(1, 1, 26, 19, 5)
-    foreground = torch.zeros(26, 19, 5, dtype=torch.bool)
-    foreground[1:3, 2:5, 1] = foreground[20:22, 16:18, 3] = True
-    runs = []
-    def counted(x):
-        runs.append(len(x))
-        return network(x)
-    found = ev.sliding_window(counted, volume, 8, 0.5, 2, blend, foreground, outside=(7.0, -7.0))
-
-    padded = torch.nn.functional.pad(volume, (1, 2))                      # z: 5 -> 8, the smaller half in front
-    mask = torch.nn.functional.pad(foreground, (1, 2))
-    axis = np.exp(-0.5 * ((np.arange(8) - 3.5) / 1.0) ** 2)
-    weight = np.maximum(axis[:, None, None] * axis[:, None] * axis, 1e-3) if blend == "gaussian" else np.ones((8, 8, 8))
-    total, norm, windows = np.zeros((2, 26, 19, 8)), np.zeros((26, 19, 8)), 0
-    for x, y in itertools.product((0, 4, 8, 12, 16, 18), (0, 4, 8, 11)):
-        if mask[x:x + 8, y:y + 8].any():
-            with torch.no_grad():
-                total[:, x:x + 8, y:y + 8] += network(padded[:, :, x:x + 8, y:y + 8])[0].double().numpy() * weight
-            norm[x:x + 8, y:y + 8] += weight
-            windows += 1
-    expected = np.where(norm > 0, total / np.where(norm > 0, norm, 1), np.array([7, -7]).reshape(2, 1, 1, 1))[..., 1:6]
-    assert sum(runs) == windows < 24 and (norm == 0).any()
-    np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("change, text", [
-    (dict(volume=torch.zeros(1, 8, 8, 8)), "volume"), (dict(overlap=1.0), "overlap"), (dict(window=(4, 4)), "three"),
-    (dict(blend="linear"), "linear"), (dict(store="gpu"), "gpu"), (dict(predict=lambda x: x[:, :, 1:]), "predict must return"),
-    (dict(foreground=torch.zeros(8, 8, 8)), "no True voxel"), (dict(foreground=torch.zeros(8, 8, 9)), "foreground"),
-    (dict(outside=(1, 2, 3)), "outside"), (dict(batch=0), "batch"), (dict(window=0), "window")])
-def test_sliding_window_refuses(change, text):
-    given = dict(predict=lambda x: x, volume=torch.zeros(1, 1, 8, 8, 8), window=4, overlap=0.5, batch=2) | change
-    with pytest.raises(ValueError, match=text) as error:
-        ev.sliding_window(**given)
-    assert "\n" not in str(error.value)
-
-
-def preprocessed(shape_orig, affine_orig, step, corner, size):
-    """Grid of a RAS, resampled (step mm) and cropped copy of a scan: its affine and shape."""
-    nib = pytest.importorskip("nibabel")
-    turn = nib.orientations.inv_ornt_aff(nib.io_orientation(affine_orig), shape_orig)
-    ras = affine_orig @ turn
-    pre = ras @ np.diag([*(np.asarray(step) / np.linalg.norm(ras[:3, :3], axis=0)), 1])
-    pre[:3, 3] = (pre @ [*corner, 1])[:3]
-    return pre, size
-
-
-TILT = np.array([[0.995, -0.0998, 0], [0.0998, 0.995, 0], [0, 0, 1]])
-
-
-@pytest.mark.parametrize("axes", ["RAS", "LPS", "PSR", "ILA"])
-@pytest.mark.parametrize("order", [0, 1])
-def test_to_original_equals_nibabel(axes, order):
-    nib = pytest.importorskip("nibabel")
-    from nibabel.processing import resample_from_to
-    shape = (23, 31, 18)
-    turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes))
-    ras = np.eye(4)
-    ras[:3, :3], ras[:3, 3] = TILT @ np.diag([0.9, 1.3, 2.5]), (-40, 13, 7)      # an oblique scan stays one
-    orig = ras @ nib.orientations.inv_ornt_aff(turn, shape)
-    shape = tuple(np.array(shape)[np.argsort(turn[:, 0])])
-    pre, size = preprocessed(shape, orig, (1.5, 1.1, 2.0), (1, 2, 1), (11, 29, 17))
-    array = rng().normal(size=size).astype(np.float32)
-    found = ev.to_original(array, pre, orig, shape, order).numpy()
-    expected = resample_from_to(nib.Nifti1Image(array, pre), (shape, orig), order=order, mode="constant").get_fdata()
-    at = np.linalg.inv(pre) @ orig @ np.vstack([np.indices(shape).reshape(3, -1), np.ones(np.prod(shape))])
-    at, last = at[:3].reshape(3, *shape), np.array(size).reshape(3, 1, 1, 1) - 1
-    between = ((at >= 0) & (at <= last)).all(0)                           # nibabel stops at the outermost centres
-    beyond = ((at < -0.51) | (at > last + 0.51)).any(0)
-    assert between.sum() > 500 and beyond.any()
-    np.testing.assert_allclose(found[between], expected[between], atol=1e-4)
-    assert (found[beyond] == 0).all() and (found[~between & ~beyond] != 0).mean() > 0.95
-    several = ev.to_original(torch.from_numpy(np.stack([array, -array])), pre, orig, shape, order)
-    np.testing.assert_array_equal(several.numpy(), np.stack([found, -found]))
-
-
-def test_to_original_is_exact_where_centres_meet():
-    nib = pytest.importorskip("nibabel")
-    orig = np.diag([-0.7, -0.7, 3.0, 1.0])
-    orig[:3, 3] = (101.3, 88.1, -17.9)                                    # LPS
-    ids = rng().integers(0, 9, (14, 17, 6)).astype(np.uint8)
-    same = ev.to_original(ids, orig, orig, ids.shape, 0)
-    assert same.dtype == torch.uint8 and (same.numpy() == ids).all()
-    values = rng(1).normal(size=ids.shape).astype(np.float32)
-    image = nib.as_closest_canonical(nib.Nifti1Image(values, orig))
-    crop = image.slicer[2:12, 3:15, 1:5]
-    back = ev.to_original(crop.get_fdata(dtype=np.float32), crop.affine, orig, ids.shape, 1, fill=-5).numpy()
-    whole = np.full_like(values, -5)
-    whole[2:12, 2:14, 1:5] = values[2:12, 2:14, 1:5]                      # x: 14 - 12 .. 14 - 2, y: 17 - 15 .. 17 - 3
-    np.testing.assert_array_equal(back, whole)
-
-
-@pytest.mark.parametrize("change, text", [(dict(order=2), "order"), (dict(array=np.zeros((4, 4))), "expected"),
-                                          (dict(affine_orig=np.pad(TILT - np.eye(3), (0, 1)) + np.eye(4)), "turned")])
-def test_to_original_refuses(change, text):
-    given = dict(array=np.zeros((4, 4, 4)), affine_pre=np.eye(4), affine_orig=np.eye(4), shape_orig=(4, 4, 4), order=1) | change
-    with pytest.raises(ValueError, match=text):
-        ev.to_original(**given)
 
 
 # 4. probes
@@ -327,3 +196,130 @@ def test_image_sheet_names_its_columns_and_shows_their_scales(monkeypatch):
         np.testing.assert_allclose(picture.get_array(), volume[:, :, 3].T[:, ::-1])
     low, high = drawn[3].get_clim()
     assert drawn[1].get_clim() == drawn[2].get_clim() and -low == high > 0
+
+
+# evaluate.py on networks that were never trained: what it writes is what they say
+
+def checkpoint_file(path, cfg, seed, subjects=(), **other):
+    torch.manual_seed(seed)
+    network = tasks.TASKS[cfg.task].network(cfg)
+    for p in network.parameters():                          # untrained outputs hardly differ
+        p.data *= 1.5
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(path, finetune.checkpoint(network, cfg, 0, 0.0, list(subjects), dataclasses.asdict(cfg) | other, ev.versions()))
+    return network.eval()
+
+
+@pytest.fixture
+def judged(abdomens, monkeypatch, capsys, tmp_path):
+    """judged(config, keys) -> what evaluate.py printed; and two checkpoints a.pt, b.pt of the demo of segmentation."""
+    cfg = settings("demo_segmentation", **DEMO)
+    networks = [checkpoint_file(tmp_path / f"{name}.pt", cfg, seed) for seed, name in enumerate("ab")]
+    run = lambda config="demo_segmentation", root=abdomens, **keys: here(
+        monkeypatch, capsys, tmp_path, root, ev.main, config, *flags(**(DEMO if config == "demo_segmentation" else KINDS) | keys))
+    run.networks, run.folder = networks, tmp_path
+    return run
+
+
+def probabilities(folder, number="004"):
+    return nib.load(folder / f"{number}_probabilities.nii.gz").get_fdata()
+
+
+def test_several_checkpoints_ensembles_flips_and_bare_scans(judged, abdomens):
+    both, keys = "('a.pt', 'b.pt')", dict(probabilities=True, sheets=0)
+    said = judged(checkpoint=both, out="both", **keys)
+    results = json.loads((judged.folder / "both/results.json").read_text())["results"]
+    a, b = (results[f"{name}.pt"]["rows"][0]["scores"]["preprocessed"]["dice"]["mean"] for name in "ab")
+    assert f"b.pt minus a.pt: dice mean {b - a:+.4f}, 95 % interval" in said and "(1 cases, paired)" in said
+    single = [probabilities(judged.folder / f"both/predictions_{k}") for k in range(2)]
+    assert np.abs(single[0] - single[1]).max() > 1e-3
+    judged(checkpoint=both, out="mean", ensemble=True, **keys)
+    np.testing.assert_allclose(probabilities(judged.folder / "mean/predictions"), (single[0] + single[1]) / 2, atol=1e-6)
+    # the same scan without its label: the same prediction, on the scan's own voxels
+    (judged.folder / "scans").mkdir()
+    source = abdomens / "demo_ct/train/imagesTr/phantom_004.nii.gz"
+    os.link(source, judged.folder / "scans/new.nii.gz")
+    judged(root=judged.folder, checkpoint="a.pt", images="scans/*.nii.gz", out="bare", probabilities=True)
+    np.testing.assert_allclose(probabilities(judged.folder / "bare", "new"), single[0], atol=1e-6)
+    label, scan = nib.load(judged.folder / "bare/new.nii.gz"), nib.load(source)
+    assert label.shape == scan.shape and np.array_equal(label.affine, scan.affine) and label.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(label.get_fdata(), nib.load(judged.folder / "both/predictions_0/004.nii.gz").get_fdata())
+    assert sorted(p.name for p in (judged.folder / "bare").iterdir()) == ["new.nii.gz", "new_probabilities.nii.gz"]
+
+
+def test_classes_of_bare_scans_and_a_second_run(judged, abdomens, monkeypatch):
+    cfg = settings("demo_classification", **KINDS)
+    network = checkpoint_file(judged.folder / "c.pt", cfg, 0)
+    monkeypatch.setenv("S2DC_DATA", str(abdomens))
+    for _ in range(2):                                      # the table of a second run replaces the first one's
+        judged("demo_classification", checkpoint="c.pt", part="val", out="scored")
+        bare = f"{abdomens}/demo_ct/train/imagesTr/phantom_00[23].nii.gz"
+        judged("demo_classification", checkpoint="c.pt", images=bare, out="bare")
+    tables = [list(csv.reader(open(judged.folder / path / "probabilities.csv"))) for path in ("scored/predictions", "bare")]
+    assert [[row[0] for row in table] for table in tables] == [["id", "002", "003"], ["id", "phantom_002", "phantom_003"]]
+    assert tables[0][0] == ["id", "0", "1"] and [row[1:] for row in tables[0]] == [row[1:] for row in tables[1]]
+    scans = data.open_scans(dataclasses.replace(cfg, cache=str(judged.folder / "cache")), say=lambda *_: None)
+    with torch.no_grad():
+        expected = network(torch.from_numpy(np.ascontiguousarray(scans[2].open())).float()[None]).softmax(1)[0]
+    np.testing.assert_allclose([float(v) for v in tables[0][1][1:]], expected, atol=1e-5)
+
+
+def test_nobody_is_scored_who_trained_the_network(judged, tmp_path):
+    """Scored under another split than it was trained under."""
+    cfg = settings("demo_segmentation", **DEMO)
+    checkpoint_file(tmp_path / "t.pt", cfg, 0, subjects=["000", "001", "002"])
+    with pytest.raises(SystemExit, match="^t.pt: 1 test subjects trained it: 002; give the split of its training "):
+        judged(checkpoint="t.pt", val="004", test="002")
+    with pytest.raises(SystemExit, match="^t.pt: 2 val subjects trained it: 001, 002; "):
+        judged(checkpoint="t.pt", val=("001", "002"), test="val", part="val")
+
+
+def test_folders_of_slices_without_labels(judged):
+    Image = pytest.importorskip("PIL.Image")
+    for folder, shade in (("a", 3), ("b", 2)):
+        (judged.folder / "slices" / folder).mkdir(parents=True)
+        for z in range(4):
+            Image.fromarray((np.arange(48 * 40).reshape(48, 40) // shade % 256).astype(np.uint8)).save(
+                judged.folder / "slices" / folder / f"{z}.png")
+    checkpoint_file(judged.folder / "c.pt", settings("demo_classification", **KINDS), 0)
+    judged("demo_classification", root=judged.folder, checkpoint="c.pt", images="slices/*/", out="bare")
+    assert [row[0] for row in csv.reader(open(judged.folder / "bare/probabilities.csv"))] == ["id", "a", "b"]
+
+
+@pytest.mark.parametrize("keys, text", [
+    (dict(checkpoint="no.pt"), "no.pt: no such checkpoint; train it with finetune.py, or give --checkpoint=FILE"),
+    (dict(checkpoint="encoder.pt"), "encoder.pt: holds no fine-tuned segmentation network, 33 tensors are missing (skips, bottom, "
+     "ups, out); expected the best.pt of finetune.py"),
+    (dict(labels={1: "a", 2: "b"}), "a.pt: trained with labels = {1: 'spleen', "),
+    (dict(labels={k: f"organ {k}" for k in range(1, 14)}), "a.pt: trained with labels = {1: 'spleen', "),
+    (dict(checkpoint="f.pt", merge="legacy", labels={1: "a", 2: "b"}), "f.pt: 14 outputs in the file, 3 in the model; the config "
+     "declares other classes than it was trained for"),
+    (dict(feature_size=8), "a.pt: does not fit the model: feature_size is 4 in the file, 8 in the model"),
+    (dict(in_channels=2), "a.pt: trained with in_channels = 1, the config has 2"),
+    (dict(residual=True), "a.pt: trained with residual = False, the config has True"),
+    (dict(checkpoint="t.pt"), "t.pt: trained with task = 'translation', the config has 'segmentation'"),
+    (dict(part="rest"), "part = 'rest', expected 'train', 'val' or 'test'"),
+    (dict(images="nowhere/*.nii.gz"), "pattern '*.nii.gz' finds nothing below nowhere; "),
+    (dict(images="('{id}_a.nii.gz', '{id}_b.nii.gz')"), "1_a.nii.gz: the scan has 2 channels, in_channels = 1"),
+])
+def test_what_evaluate_refuses(judged, keys, text):
+    encoder_file(judged.folder / "encoder.pt")
+    checkpoint_file(judged.folder / "t.pt", settings("demo_segmentation", **DEMO), 0, task="translation")
+    save(judged.folder / "f.pt", to_monai(judged.networks[0].state_dict(), "legacy"))   # states nothing but its weights
+    for name in ("1_a", "1_b"):
+        nifti(judged.folder / f"{name}.nii.gz", BOX)
+    with pytest.raises(SystemExit) as caught:
+        judged(**dict(checkpoint="a.pt") | keys)
+    assert str(caught.value).startswith(text) and "\n" not in str(caught.value)
+
+
+def test_regions_in_another_order_are_refused_and_preprocessing_is_compared(tmp_path, capsys):
+    cfg = settings("brats21", **NETWORK)
+    checkpoint_file(tmp_path / "r.pt", cfg, 0)
+    with pytest.raises(SystemExit, match="r.pt: trained with regions = {'TC': "):
+        ev.restore(tmp_path / "r.pt", dataclasses.replace(cfg, regions=dict(reversed(cfg.regions.items()))), torch.device("cpu"))
+    capsys.readouterr()
+    ev.restore(tmp_path / "r.pt", cfg, torch.device("cpu"))
+    assert "differs" not in capsys.readouterr().out
+    ev.restore(tmp_path / "r.pt", dataclasses.replace(cfg, spacing=(2.0, 2.0, 2.0)), torch.device("cpu"))
+    assert "r.pt: preprocessing differs: spacing was () in training, is (2.0, 2.0, 2.0) here" in capsys.readouterr().out

@@ -14,6 +14,7 @@ from einops import rearrange
 import configs
 import data
 import evaluate as ev
+import tasks
 from model import Swin3D, save
 
 pytest.importorskip("matplotlib")
@@ -56,7 +57,7 @@ def folder(tmp_path_factory):
 
 
 def load(folder, *argv):
-    return configs.load(ev.Config, [str(folder / "x.py"), *argv], foreign=True)
+    return configs.load(tasks.Config, [str(folder / "x.py"), *argv], foreign=True)
 
 
 def draw(folder, names, *argv, out="other"):

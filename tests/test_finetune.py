@@ -1,94 +1,49 @@
-"""finetune.py, and the tasks, splits, scores and files of evaluate.py: the real scripts on folders laid out as downloaded."""
+"""finetune.py: the real script on folders laid out as downloaded."""
 import csv
-import dataclasses
 import functools
 import itertools
 import json
 import os
-import re
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import (
+    AXES,
+    BOX,
+    DEMO,
+    KINDS,
+    NETWORK,
+    SHORT,
+    SMALL,
+    STILL,
+    TABLE,
+    command,
+    drawn,
+    encoder_file,
+    environment,
+    flags,
+    here,
+    lay_cc_ccii,
+    log_of,
+    nifti,
+    script,
+    settings,
+    weights,
+)
 from einops import rearrange
 
 import configs
 import data
-import evaluate as ev
 import finetune
-import pretrain
-from model import Classifier, Swin3D, SwinUNETR, save, to_monai
-from phantom import phantom
-from phantom import write as write_phantoms
+import tasks
+from model import Classifier, SwinUNETR, save
 
-HERE = Path(finetune.__file__).parent
-NETWORK = dict(feature_size=4, num_heads=(1, 1, 1, 1), window_size=4)
-SHORT = dict(steps=2, warmup=1, eval_every=2, save_every=2, log_every=1, batch=1, crops_per_case=1)
-AXES = "RAS", "LPS", "PSR", "LPS"       # how the files of a phantom are stored, by its seed modulo 4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def flags(**keys):
-    return [f"--{key}={value}" for key, value in keys.items()]
-
-
-def command(script, config, *args):
-    return [sys.executable, str(HERE / script), str(HERE / "configs" / f"{config}.py"), *args]
-
-
-def environment(root):
-    return os.environ | dict(S2DC_DATA=str(root), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONUNBUFFERED="1")
-
-
-def script(folder, root, *argv):
-    """Run a script in `folder` to its good end; what it printed."""
-    done = subprocess.run(argv, cwd=folder, env=environment(root), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
-
-
-def here(monkeypatch, capsys, folder, root, main, config, *args):
-    """The same in this process."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("S2DC_DATA", str(root))
-    capsys.readouterr()
-    main([str(HERE / "configs" / f"{config}.py"), *args])
-    return capsys.readouterr().out
-
-
-def settings(name, kind=ev.Config, **keys):
-    return dataclasses.replace(configs.load(kind, [str(HERE / "configs" / f"{name}.py")], foreign=True), **keys)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# folders as after the download
-
-
-@functools.lru_cache(None)
-def drawn(seed, modality):
-    return phantom(seed, modality, 64)
-
-
-def nifti(path, voxels, affine=np.eye(4), axes="RAS", kind=np.int16):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = nib.Nifti1Image(np.asarray(voxels, kind), affine)
-    image.set_sform(affine, 1)                              # scanner coordinates; nibabel's own choice is 2
-    image.set_qform(affine, 1)
-    turn = nib.orientations.ornt_transform(*map(nib.orientations.axcodes2ornt, ("RAS", axes)))
-    nib.save(image.as_reoriented(turn), path)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -157,29 +112,6 @@ def lay_autopet(root, link):
             link(folder / "SEG.nii.gz", 1 + k % 3, "pet", {1: "lesion"} if study == 0 and k < 5 else {})
 
 
-CCII = [(kind, k * 10 + p, 100 * k + p, p) for k, kind in enumerate(("Normal", "CP", "NCP")) for p in range(4)]
-CCII += [("CP", 10, 150, 0), ("NCP", 29, 209, None)]        # the second scan of a patient, and one that no list names
-
-
-def lay_cc_ccii(root, link):
-    Image = pytest.importorskip("PIL.Image")
-    lists = {(fold, part): [] for fold in range(3) for part in ("train", "valid")}
-    for kind, patient, scan, role in CCII:                  # role 0: in all valid lists, 1 .. 3: in that of fold 0 .. 2
-        for z in range(11):
-            grey = np.clip(drawn(1 + patient % 3, "ct")["images"]["ct"][::2, ::2, 5 * z] / 4 + 128, 0, 255).astype(np.uint8)
-            folder = root / "CC-CCII" / kind / str(patient) / str(scan)
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(grey).save(folder / f"{z + 1}.png")
-        row = [f"{kind}-1.zip", ("Normal", "CP", "NCP").index(kind), kind, patient, scan, 11, 1, f"[{scan}, {scan + 50}]"]
-        for fold in range(3) if role is not None else ():
-            lists[fold, "valid" if role in (0, fold + 1) else "train"].append(row)
-    (root / "CC-CCII/csv").mkdir()
-    for (fold, part), rows in lists.items():
-        with open(root / f"CC-CCII/csv/CC_CCII_fold{fold}_{part}.csv", "w", newline="") as file:
-            head = "zip_file,target,label,patient_id,scan_id,n_slice,scan_count,all_scan_ids".split(",")
-            csv.writer(file).writerows([head, *rows])
-
-
 ADNI = ["CN", "SMC", "CN", "MCI", "EMCI", "LMCI", "AD", "AD", "AD"]
 
 
@@ -210,30 +142,6 @@ def lay_brats23(root, link):
         folder = root / "ASNR-MICCAI-BraTS2023-GLI-Challenge-TrainingData" / case
         for name, what in (("t1n", "t1"), ("t1c", "t1ce"), ("t2w", "t2"), ("t2f", "flair"), ("seg", {2: 6, 1: 7, 3: 1})):
             link(folder / f"{case}-{name}.nii.gz", 1 + k % 2, "mri", what)
-
-
-def write_case(root, number, seed, axes=None):
-    """A subject of the demo of segmentation."""
-    subject = drawn(seed, "ct")
-    for part, voxels, kind in (("imagesTr", subject["images"]["ct"], np.int16), ("labelsTr", subject["label"], np.uint8)):
-        nifti(root / f"demo_ct/train/{part}/phantom_{number:03d}.nii.gz", voxels, subject["affine"], axes or AXES[seed % 4], kind)
-
-
-@pytest.fixture(scope="module")
-def abdomens(tmp_path_factory):
-    """Five labelled CT in the demo's layout, numbers 0 to 4."""
-    root = tmp_path_factory.mktemp("abdomens")
-    for number in range(5):
-        write_case(root, number, number)
-    rows = ["id,seed,class,lesion"] + [f"phantom_{n:03d},{n},{n % 2},0" for n in range(5)]
-    (root / "demo_ct/train/participants.csv").write_text("\n".join(rows) + "\n")
-    return root
-
-
-DEMO = dict(image="demo_ct/train/imagesTr/phantom_{id}.nii.gz", label="demo_ct/train/labelsTr/phantom_{id}.nii.gz", workers=0,
-            label_fraction=1.0, val="003", test="004", **NETWORK)
-KINDS = dict(resize=(64, 64, 64), classes={"0": 0, "1": 1}, val=("002", "003"), test="004", val_share=0.0, test_share=0.0,
-             workers=0, **NETWORK)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,7 +183,7 @@ def test_config_from_download_to_table(name, tmp_path, pool):
     assert results["torch"] and results["commit"]
     assert reported is None or sorted(rows) == sorted(reported)
     assert ("chose the checkpoint" in said and "chose the checkpoint" in results["part"]) == (cfg.test == "val")
-    grid, metric, part = ev.TASKS[cfg.task].best
+    grid, metric, part = tasks.TASKS[cfg.task].best
     assert np.isfinite(result["summary"][grid][metric][part]["mean"])
     if cfg.task != "classification":
         assert len(list((tmp_path / f"runs/{name}/predictions").glob("*.png"))) == 1
@@ -365,20 +273,6 @@ CHECKS = dict(btcv=check_btcv, brats21=check_brats21, autopet=check_autopet, udp
               adni=check_classes(["CN", "MCI", "AD"]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# several processes, and a kill at any moment
-
-def log_of(run):
-    """Complete lines of a log that may just be growing."""
-    path = run / "log.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)["model"]
-
-
 def test_two_processes_follow_one(tmp_path, abdomens):
     args = flags(**DEMO | dict(val=("002", "003", "004"), test="val"), **SHORT | dict(batch=2, crops_per_case=2))
     for name, launcher in (("one", ()), ("two", ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))):
@@ -395,7 +289,7 @@ def test_two_processes_follow_one(tmp_path, abdomens):
     # two large ones may fall either way: the gradients (first moments) are compared as a whole, and all but a few of the weights
     one, two = (torch.load(tmp_path / f"runs/{name}/last.pt", weights_only=True) for name in ("one", "two"))
     cfg = configs.load(finetune.Config, [str(tmp_path / "runs/one/config.py")])
-    network = ev.TASKS[cfg.task].network(cfg)
+    network = tasks.TASKS[cfg.task].network(cfg)
     names = {id(p): name for name, p in network.named_parameters()}
     order = [names[id(p)] for group in finetune.groups_of(network, cfg) for p in group["params"]]
     flat = lambda run, values: torch.cat([values(run, k, name).flatten() for k, name in enumerate(order)])
@@ -465,7 +359,7 @@ def test_three_steps_equal_the_same_written_out(small, monkeypatch, capsys):
     args = flags(**TABLE, **keys, init="encoder.pt")
     here(monkeypatch, capsys, small.parent, small, finetune.main, "demo_classification", *args)
     cfg = configs.load(finetune.Config, [str(small.parent / "runs/demo_classification/config.py")])
-    parts = ev.split_cases(cfg)
+    parts = tasks.split_cases(cfg)
     scans = data.open_scans(cfg, parts["train"], lambda *_: None)
     crops = data.Crops(scans, cfg, cfg.batch, cfg.seed, {case["id"]: case["class"] for case in parts["train"]})
     torch.manual_seed(cfg.seed)
@@ -556,210 +450,6 @@ def test_speed_is_that_of_training_whenever_validation_comes(small, monkeypatch,
              *flags(**TABLE, **SHORT | dict(steps=9, log_every=9, eval_every=every, save_every=99), name=name))
     late, within = (next(line["crops_per_s"] for line in log_of(small.parent / "runs" / name) if "loss" in line) for name in ("late", "within"))
     assert within == pytest.approx(late, rel=0.2)
-
-
-def test_losses_of_the_tasks_see_their_own_channel_and_place():
-    torch.manual_seed(0)
-    cfg = settings("brats21", finetune.Config)              # {"TC": .., "WT": .., "ET": ..}
-    label = torch.randint(0, 4, (2, 1, 6, 5, 4))
-    output = torch.full((2, 3, 6, 5, 4), -9.0)
-    for k, group in enumerate(cfg.regions.values()):        # each channel says its own region, and nothing else
-        for member in group:
-            output[:, k][label[:, 0] == member] = 9.0
-    loss = lambda said: ev.TASKS["segmentation"].loss(said, {"label": label}, cfg)
-    assert loss(output) < 0.01 and all(loss(output[:, order]) > 1 for order in ((1, 0, 2), (0, 2, 1), (2, 1, 0)))
-    target, guess = torch.randn(2, 1, 6, 5, 4), torch.randn(2, 1, 6, 5, 4)
-    fill = torch.tensor([[-0.5], [0.1]])
-    target[:, :, :3] = fill[:, :, None, None, None]         # half of it is air
-    error = np.abs((guess - target).numpy())
-    body = target.numpy() > fill.numpy()[:, :, None, None, None] + 0.01
-    assert not body[:, :, :3].any() and 20 < body.sum() < 120
-    expected = np.mean([(e[b] + e[b] ** 2).mean() for e, b in zip(error, body)])
-    loss = ev.TASKS["translation"].loss(guess, {"target": target, "target_fill": fill}, settings("brats23_t1_to_t2", finetune.Config))
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# who trains, who chooses, who is reported
-
-@pytest.fixture
-def split(tmp_path, monkeypatch):
-    """split(config, files below the root, keys) -> {part: [case]}; nothing is read but the names."""
-    monkeypatch.setenv("S2DC_DATA", str(tmp_path))
-
-    def cases(name, files, **keys):
-        for file in files:
-            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / file).touch()
-        return ev.split_cases(settings(name, **keys))
-    return cases
-
-
-def ids(part):
-    return [case["id"] for case in part]
-
-
-def subjects(part):
-    return {case["subject"] for case in part}
-
-
-def apart(parts):
-    """No subject in two parts."""
-    pairs = itertools.combinations([part for part in parts if part != "test" or parts["test"] is not parts["val"]], 2)
-    return all(not subjects(parts[a]) & subjects(parts[b]) for a, b in pairs)
-
-
-def studies(patients):
-    """AutoPET's tree, with 1 to 3 studies a patient."""
-    return [f"FDG-PET-CT-Lesions/PETCT_{k:04x}/{study}/{file}.nii.gz" for k in range(patients) for study in range(1 + k % 3)
-            for file in ("SUV", "CTres", "SEG")]
-
-
-@pytest.mark.parametrize("fold", range(5))
-def test_autopet_divides_patients_by_nnunets_rule_and_never_their_studies(split, fold):
-    parts = split("autopet", studies(23), fold=fold)
-    assert apart(parts) and len(parts["train"]) + len(parts["val"]) == sum(1 + k % 3 for k in range(23))
-    assert subjects(parts["val"]) == {f"PETCT_{k:04x}" for k in range(fold, 23, 5)} and parts["test"] == parts["val"]
-
-
-def test_autopet_takes_the_ct_as_a_second_channel(split):
-    folder = "FDG-PET-CT-Lesions/{subject}/{study}/"
-    parts = split("autopet", studies(6), image=(folder + "SUV.nii.gz", folder + "CTres.nii.gz"), in_channels=2)
-    assert all([Path(p).name for p in case["images"]] == ["SUV.nii.gz", "CTres.nii.gz"] for case in parts["train"] + parts["val"])
-
-
-@pytest.mark.parametrize("name", ["brats23_t1_to_t2", "udpet"])
-def test_shares_are_of_subjects_and_do_not_depend_on_the_order_of_files(split, name):
-    brats = "ASNR-MICCAI-BraTS2023-GLI-Challenge-TrainingData/BraTS-GLI-{0:05d}-{1:03d}/BraTS-GLI-{0:05d}-{1:03d}-{2}.nii.gz"
-    files = [brats.format(k, visit, c) for k in range(50) for visit in range(1 + k % 2) for c in ("t1n", "t2w", "t1c")]
-    files += [f"UDPET/{k:03d}/{dose}.nii.gz" for k in range(50) for dose in ("drf_50", "drf_20", "full")]
-    parts = split(name, files)
-    assert apart(parts) and [len(subjects(parts[p])) for p in ("test", "val", "train")] == [10, 4, 36]   # 0.2 of 50, 0.1 of 40
-    assert {p: ids(c) for p, c in split(name, files[::-1]).items()} == {p: ids(c) for p, c in parts.items()}
-    assert ids(split(name, files, split_seed=1)["test"]) != ids(parts["test"])
-
-
-def adni(split, groups, **keys):
-    rows = [f"I{k}{v},{k},{g}" for k, g in enumerate(groups) for v in range(1 + k % 2)]
-    split("demo_translation", [f"ADNI/{k:03d}/d/t/I{k}{v}/x.nii" for k in range(len(groups)) for v in range(1 + k % 2)],
-          image="ADNI/{subject}/d/t/{scan}/x.nii", target="ADNI/{subject}/d/t/{scan}/x.nii")
-    (data.root(settings("adni")) / "ADNI/ADNI.csv").write_text("\n".join(["Image Data ID,Subject,Group", *rows]))
-    return split("adni", (), image="ADNI/{subject}/{description}/{date}/{scan}/*.nii", **keys)
-
-
-GROUPS = ["CN"] * 20 + ["SMC"] * 20 + ["EMCI"] * 10 + ["LMCI"] * 10 + ["MCI"] * 10 + ["AD"] * 10
-
-
-def per_class(part):
-    return [len({case["subject"] for case in part if case["class"] == k}) for k in range(3)]
-
-
-def test_classification_shares_keep_the_mixture_of_classes(split):
-    parts = adni(split, GROUPS)
-    assert apart(parts) and [per_class(parts[p]) for p in ("test", "val", "train")] == [[8, 6, 2], [3, 2, 1], [29, 22, 7]]
-
-
-@pytest.mark.parametrize("name", ["adni", "autopet"])
-def test_label_fractions_are_nested_and_leave_the_other_parts_alone(split, name):
-    parts = {f: adni(split, GROUPS, label_fraction=f) if name == "adni" else split("autopet", studies(50), label_fraction=f)
-             for f in (0.1, 0.5, 1.0)}
-    small, half, full = (subjects(parts[f]["train"]) for f in parts)
-    assert small < half < full and all(parts[0.1][p] == parts[0.5][p] == parts[1.0][p] for p in ("val", "test"))
-    assert all(case in parts[1.0]["train"] for case in parts[0.1]["train"])
-    if name == "adni":
-        assert [per_class(parts[f]["train"]) for f in parts] == [[3, 2, 1], [14, 11, 4], [29, 22, 7]]
-    else:
-        assert [len(s) for s in (small, half, full)] == [4, 20, 40]
-        kept = [case for case in parts[1.0]["train"] if case["subject"] in small]
-        assert parts[0.1]["train"] == kept                  # with all of their studies
-
-
-def test_cc_ccii_reports_the_scans_that_all_valid_lists_share(split, tmp_path):
-    lay_cc_ccii(tmp_path, None)
-    for fold in range(3):                                   # of the lists of another fold too
-        lists = [f"CC-CCII/csv/CC_CCII_fold{fold}_{part}.csv" for part in ("train", "valid")]
-        parts = split("cc_ccii", (), only=tuple(lists), val=lists[1])
-        by_role = {role: sorted(f"{kind}_{patient}_{scan}" for kind, patient, scan, r in CCII if r == role) for role in range(4)}
-        assert sorted(ids(parts["test"])) == by_role[0] and sorted(ids(parts["val"])) == by_role[fold + 1] and apart(parts)
-        assert sorted(ids(parts["train"])) == sorted(by_role[(fold + 1) % 3 + 1] + by_role[(fold + 2) % 3 + 1])
-        for case in sum(parts.values(), []):
-            assert case["class"] == ("Normal", "CP", "NCP").index(case["id"].split("_")[0])
-
-
-def test_folds_and_sections_of_a_datalist(split, tmp_path):
-    entries = [{"image": f"{k}.nii.gz", "label": f"{k}_l.nii.gz", "fold": k % 3} for k in range(9)]
-    (tmp_path / "list.json").write_text(json.dumps({"training": entries, "validation": entries[:2], "test": entries[3:5]}))
-    source = dict(image=(), label="", datalist="list.json")
-    parts = split("brats21", (), **source, fold=1)
-    assert ids(parts["val"]) == ["1", "4", "7"] and ids(parts["train"]) == ["0", "2", "3", "5", "6", "8"]
-    parts = split("btcv", (), **source, section="test", val_section="validation", val=(), test="val")
-    assert ids(parts["train"]) == ["3", "4"] and ids(parts["val"]) == ["0", "1"]
-    with pytest.raises(SystemExit, match="2 subjects are in train and in val: 0, 1$"):
-        split("btcv", (), **source, val_section="validation", val=(), test="val")
-
-
-def test_a_test_list_that_shares_a_subject_with_training_is_refused(split):
-    with pytest.raises(SystemExit, match="^1 subjects are in train and in test: PETCT_0001$"):
-        split("autopet", studies(9), test=("PETCT_0001_0", "PETCT_0003_0"))
-    with pytest.raises(SystemExit, match="^1 subjects are in val and in test: PETCT_0005$"):
-        split("autopet", studies(11), test=("PETCT_0005_0", "PETCT_0003_0"))
-
-
-@pytest.mark.parametrize("keys, text", [
-    (dict(val=("0035", "0099")), "the split names '0099', no case has such an id; there are: 0001, 0002, 0035, 0036 .."),
-    (dict(val="00*"), "no case is left for train; the config gives val = '00*', test = 'val', "),
-    (dict(val=()), "no case is left for val; the config gives val = (), test = 'val', "),
-    (dict(val="0035", test=""), "no case is left for test; the config gives val = '0035', test = '', "),
-])
-def test_an_empty_part_is_an_error(split, keys, text):
-    folder, numbers = "BTCV/Abdomen/RawData/Training", ("0001", "0002", "0035", "0036")
-    files = [f"{folder}/{part}/{part}{n}.nii.gz" for part in ("img", "label") for n in numbers]
-    with pytest.raises(SystemExit) as caught:
-        split("btcv", files, **keys)
-    assert str(caught.value).removesuffix("val_share = 0.0, test_share = 0.0, fold = -1") == text
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# bad input: one line each, before any training step
-
-BOX = np.indices((16, 16, 16)).sum(0)                       # an image, and the source of its label
-
-
-@pytest.fixture
-def small(tmp_path):
-    """Four small labelled scans with ids 0 to 3, of which 2 chooses and 3 is reported; spoil one and try."""
-    for k in range(4):
-        for part, voxels in (("img", BOX * (k + 1)), ("lab", BOX > 20)):
-            nifti(tmp_path / f"data/s{k}_{part}.nii.gz", voxels)
-    (tmp_path / "data/t.csv").write_text("id,class\n0,a\n1,b\n2,a\n3,b\n")
-    return tmp_path / "data"
-
-
-SMALL = dict(image="s{id}_img.nii.gz", label="s{id}_lab.nii.gz", labels={1: "one"}, val=("2",), test=("3",), crop=(64, 64, 64),
-             foreground=-1.0, label_fraction=1.0, workers=0, **NETWORK)
-TABLE = dict(image="s{id}_img.nii.gz", table="t.csv", table_key="{id}", case_key="{id}", class_from="{class}", workers=0,
-             classes={"a": 0, "b": 1}, val=("2",), test=("3",), val_share=0.0, test_share=0.0, foreground=-1.0,
-             resize=(64, 64, 64), **NETWORK)
-
-
-@pytest.fixture
-def refused(small, monkeypatch, capsys):
-    """refused(keys, config) -> the text that finetune.py ended with; nothing was trained."""
-    def run(keys={}, config="demo_segmentation", main=finetune.main, training=SHORT):
-        base = {"demo_segmentation": SMALL, "demo_classification": TABLE}[config]
-        with pytest.raises(SystemExit) as caught:
-            here(monkeypatch, capsys, small.parent, small, main, config, *flags(**base | training | keys))
-        assert not list(small.parent.glob("runs/*/log.jsonl")) and "step      " not in capsys.readouterr().out
-        line, *count = str(caught.value).split("\n")
-        assert count in ([], ["1 unusable; mend them or name their ids under `exclude`"])      # the latter of the cache
-        return line
-    return run
-
-
-def encoder_file(path, **other):
-    encoder = Swin3D(**NETWORK | other)
-    save(path, dict(format="s2dc/encoder", encoder=encoder.state_dict(), arguments=encoder.arguments))
-    return encoder
 
 
 def test_an_unspoilt_set_trains(small, monkeypatch, capsys):
@@ -889,7 +579,7 @@ def test_encoder_is_loaded_whole_and_its_preprocessing_compared(small, monkeypat
     cfg = settings("demo_segmentation", finetune.Config, init=str(small.parent / "encoder.pt"), window=(-160.0, 240.0),
                    spacing=(1.5, 1.5, 2.0), **NETWORK)
     torch.manual_seed(5)
-    network, lines = ev.TASKS["segmentation"].network(cfg), []
+    network, lines = tasks.TASKS["segmentation"].network(cfg), []
     finetune.start_from(network, cfg, lines.append)
     for name, value in encoder.state_dict().items():
         assert torch.equal(network.encoder.state_dict()[name], value)
@@ -905,7 +595,7 @@ def test_encoder_is_loaded_whole_and_its_preprocessing_compared(small, monkeypat
 def test_one_channel_is_spread_over_the_four_of_brats(tmp_path):
     encoder = init_file(tmp_path / "encoder.pt")
     cfg = settings("brats21", finetune.Config, init=str(tmp_path / "encoder.pt"), **NETWORK)
-    network = ev.TASKS["segmentation"].network(cfg)
+    network = tasks.TASKS["segmentation"].network(cfg)
     finetune.start_from(network, cfg, lambda *_: None)
     mine, theirs = network.encoder.state_dict(), encoder.state_dict()
     torch.testing.assert_close(mine.pop("embed.weight"), theirs.pop("embed.weight").repeat(1, 4, 1, 1, 1) / 4)
@@ -951,31 +641,6 @@ def test_learning_rate_warms_up_and_falls_to_its_least():
     cfg = settings("btcv", finetune.Config, steps=100, warmup=10, lr=1.0, min_lr=0.1)
     assert [finetune.lr_at(step, cfg) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
     assert finetune.lr_at(55, cfg) == pytest.approx(0.55) and finetune.lr_at(99, cfg) == pytest.approx(0.1, abs=1e-3)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# training crops
-
-STILL = dict(rotation=(0.0, 0.0, 0.0), scale=(1.0, 1.0), shift=(0.0, 0.0, 0.0), flip=(0.0, 0.0, 0.0), shear=0.0)
-QUIET = {f"jitter_{kind}": (0.0, 0.0) for kind in ("shift", "scale", "gamma", "noise", "blur")}
-
-
-@pytest.fixture
-def scans(tmp_path, monkeypatch):
-    """scans(label maps, keys) -> (cached scans whose image is their label, config)."""
-    monkeypatch.setenv("S2DC_DATA", str(tmp_path))
-
-    def make(maps, **keys):
-        for k, label in enumerate(maps):
-            image = label.astype(np.float32)
-            image[0, 0, 0] = -1                             # the fill, and no constant volume
-            nifti(tmp_path / f"s{k}_img.nii.gz", image, kind=np.float32)
-            nifti(tmp_path / f"s{k}_lab.nii.gz", label, kind=np.uint8)
-        usual = dict(image="s{id}_img.nii.gz", label="s{id}_lab.nii.gz", spacing=(), window=(0.0, 1.0), intensity="scale",
-                     foreground=-9.0, cache=str(tmp_path / "cache"), crop=(20, 20, 20), labels={}, workers=0)
-        cfg = settings("btcv", finetune.Config, **usual | QUIET | keys)
-        return data.open_scans(cfg, say=lambda *_: None), cfg
-    return make
 
 
 @pytest.mark.parametrize("moves", [STILL, dict(rotation=(0.0, 0.0, 15.0), scale=(0.9, 1.1), flip=(0.2, 0.2, 0.2))])
@@ -1046,417 +711,3 @@ def test_scans_without_an_object_and_smaller_than_a_crop(scans):
         if item["id"] == "1":                               # centred; around the scan its least value
             assert label[0, 0, 10, 9, :].any()
             np.testing.assert_allclose(np.delete(image[0, 0].numpy(), np.s_[7:13], 0), -1, atol=1e-6)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# scores and files
-
-def perfect(scan, cfg):
-    """Probabilities (k, x, y, z) that name the truth."""
-    truth = torch.from_numpy(scan.open("label")[0].astype(np.int64))
-    if cfg.regions:
-        return ev.masks_of(truth, cfg).float()
-    return rearrange(torch.nn.functional.one_hot(truth, 1 + max(cfg.labels)), "x y z k -> k x y z").float()
-
-
-@pytest.fixture
-def organs(abdomens, monkeypatch, tmp_path):
-    """organs(ids, keys) -> (scans of the demo, config)."""
-    monkeypatch.setenv("S2DC_DATA", str(abdomens))
-
-    def make(numbers, **keys):
-        cfg = settings("demo_segmentation", **DEMO | dict(cache=str(tmp_path / "cache"), hd95=True) | keys)
-        return data.open_scans(cfg, [case for case in data.find_cases(cfg) if case["id"] in numbers], say=lambda *_: None), cfg
-    return make
-
-
-def test_a_perfect_prediction_scores_1_on_both_grids_and_is_the_label_file(organs, tmp_path):
-    found, cfg = organs(("001", "002"))
-    stored = set()
-    for scan in found:
-        ready = perfect(scan, cfg)
-        scores = ev.score_segmentation(ready, scan, cfg, full=True)
-        for grid in ("preprocessed", "original"):
-            assert list(scores[grid]["dice"].values()) == [1.0] * 14 and list(scores[grid]["hd95"].values()) == [0.0] * 14
-        ev.write_prediction(tmp_path, scan, ready, dataclasses.replace(cfg, probabilities=True))
-        written, truth = nib.load(tmp_path / f"{scan.id}.nii.gz"), nib.load(scan.case["label"])
-        np.testing.assert_array_equal(np.asarray(written.dataobj), np.asarray(truth.dataobj))
-        np.testing.assert_array_equal(written.affine, truth.affine)
-        several = nib.load(tmp_path / f"{scan.id}_probabilities.nii.gz")
-        np.testing.assert_array_equal(several.get_fdata().argmax(-1), np.asarray(truth.dataobj))
-        np.testing.assert_array_equal(several.affine, truth.affine)
-        stored.add("".join(nib.aff2axcodes(written.affine)))
-    assert stored == {"LPS", "PSR"}
-
-
-def test_a_resampled_perfect_prediction_stays_close_on_the_scans_own_voxels(organs):
-    (scan,), cfg = organs(("002",), spacing=(3.0, 5.0, 4.0))
-    scores = ev.score_segmentation(perfect(scan, cfg), scan, cfg, full=True)
-    assert set(scores["preprocessed"]["dice"].values()) == {1.0}
-    assert 0.85 < scores["original"]["dice"]["mean"] < 1 and scores["original"]["dice"]["liver"] > 0.95
-
-
-def test_hand_made_dice_and_absent_classes(scans):
-    label = np.zeros((12, 10, 8))
-    label[2:6, 2:6, 2:6] = 1                                # 64 voxels
-    (scan,), cfg = scans([label], labels={1: "cube", 2: "ghost", 3: "nothing"})
-    guess = np.zeros(label.shape, int)
-    guess[4:8, 2:6, 2:6] = 1                                # 64, half of them in common
-    guess[0, 0, 0] = 2                                      # absent from the truth alone; 3 from both
-    ready = rearrange(torch.nn.functional.one_hot(torch.from_numpy(guess), 4), "x y z k -> k x y z").float()
-    for grid, scores in ev.score_segmentation(ready, scan, cfg, full=True).items():
-        assert scores["dice"]["cube"] == 0.5 and scores["dice"]["ghost"] == 0 and np.isnan(scores["dice"]["nothing"])
-        assert scores["dice"]["mean"] == 0.25               # NaN is left out, 0 is not
-        assert scores["hd95"]["cube"] == 2.0 and scores["hd95"]["ghost"] == np.inf and np.isnan(scores["hd95"]["nothing"])
-        assert scores["hd95"]["mean"] == 2.0
-
-
-def test_regions_overlap_and_are_painted_so_that_none_is_lost(scans, tmp_path):
-    label = np.zeros((12, 10, 8))
-    label[1:9, 1:9, 1:7], label[2:6, 2:6, 2:6], label[3:5, 3:5, 3:5] = 2, 1, 3
-    keys = {key: getattr(settings("brats21"), key) for key in ("labels", "regions")}
-    (scan,), cfg = scans([label], **keys)
-    ready = perfect(scan, cfg)
-    assert [int(mask.sum()) for mask in ready] == [64, 384, 8]          # TC, WT, ET
-    scores = ev.score_segmentation(ready, scan, cfg, full=True)
-    assert all(list(scores[grid]["dice"].values()) == [1.0] * 4 for grid in scores)
-    ev.write_prediction(tmp_path, scan, ready, cfg)
-    np.testing.assert_array_equal(nib.load(tmp_path / "0.nii.gz").get_fdata(), label)
-    reverse = dataclasses.replace(cfg, regions=dict(reversed(cfg.regions.items())))
-    np.testing.assert_array_equal(ev.painted(ev.masks_of(torch.from_numpy(label.astype(int)), reverse), reverse), label)
-
-
-def test_summary_is_the_mean_over_cases_with_its_bootstrap_interval():
-    cfg = settings("msd_liver")
-    rows = [dict(id=k, scores={"original": {"dice": dict(liver=a, tumour=b), "hd95": dict(liver=c)}})
-            for k, (a, b, c) in enumerate([(0.2, np.nan, 3.0), (0.6, 0.5, np.inf)])]
-    dice, hd95 = (ev.summarise(rows, cfg)["original"][metric] for metric in ("dice", "hd95"))
-    # of two cases a quarter of the draws is twice the first, a quarter twice the second
-    assert dice["liver"] == pytest.approx(dict(mean=0.4, low=0.2, high=0.6, cases=2))
-    assert dice["tumour"]["mean"] == 0.5 and dice["tumour"]["cases"] == 1 and np.isnan(dice["tumour"]["low"])
-    assert hd95["liver"]["mean"] == 3.0 and hd95["liver"]["missed"] == 1 and hd95["liver"]["cases"] == 1
-
-
-def test_each_channel_is_padded_with_its_own_value(scans, tmp_path):
-    block = np.zeros((10, 30, 40))
-    block[5, 5, 5] = 1
-    scans([block])
-    nifti(tmp_path / "s0_two.nii.gz", block * 7 + 3, kind=np.float32)   # least value 3, the first channel's -1
-    two = "s{id}_img.nii.gz", "s{id}_two.nii.gz"
-    (scan,), cfg = scans([block], image=two, in_channels=2, crop=(64, 64, 64), labels={1: "a"})
-    seen = []
-
-    def network(x):
-        seen.append(x.clone())
-        return torch.zeros(len(x), 2, *x.shape[2:])
-    network.eval = lambda: None
-    ev.predict([network], scan, cfg, torch.device("cpu"))
-    np.testing.assert_allclose(scan.fill, [-1, 3])
-    inside = seen[0][0, :, 27:37, 17:47, 12:52]
-    np.testing.assert_allclose(inside, scan.open().astype(np.float32), atol=1e-5)
-    assert seen[0][0, 0].sum() == pytest.approx(float(inside[0].sum()) - (64**3 - 12000), rel=1e-5)
-    assert seen[0][0, 1].sum() == pytest.approx(float(inside[1].sum()) + 3 * (64**3 - 12000), rel=1e-5)
-
-
-# evaluate.py on networks that were never trained: what it writes is what they say
-
-def checkpoint_file(path, cfg, seed, subjects=(), **other):
-    torch.manual_seed(seed)
-    network = ev.TASKS[cfg.task].network(cfg)
-    for p in network.parameters():                          # untrained outputs hardly differ
-        p.data *= 1.5
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save(path, finetune.checkpoint(network, cfg, 0, 0.0, list(subjects), dataclasses.asdict(cfg) | other, ev.versions()))
-    return network.eval()
-
-
-@pytest.fixture
-def judged(abdomens, monkeypatch, capsys, tmp_path):
-    """judged(config, keys) -> what evaluate.py printed; and two checkpoints a.pt, b.pt of the demo of segmentation."""
-    cfg = settings("demo_segmentation", **DEMO)
-    networks = [checkpoint_file(tmp_path / f"{name}.pt", cfg, seed) for seed, name in enumerate("ab")]
-    run = lambda config="demo_segmentation", root=abdomens, **keys: here(
-        monkeypatch, capsys, tmp_path, root, ev.main, config, *flags(**(DEMO if config == "demo_segmentation" else KINDS) | keys))
-    run.networks, run.folder = networks, tmp_path
-    return run
-
-
-def probabilities(folder, number="004"):
-    return nib.load(folder / f"{number}_probabilities.nii.gz").get_fdata()
-
-
-def test_several_checkpoints_ensembles_flips_and_bare_scans(judged, abdomens):
-    both, keys = "('a.pt', 'b.pt')", dict(probabilities=True, sheets=0)
-    said = judged(checkpoint=both, out="both", **keys)
-    results = json.loads((judged.folder / "both/results.json").read_text())["results"]
-    a, b = (results[f"{name}.pt"]["rows"][0]["scores"]["preprocessed"]["dice"]["mean"] for name in "ab")
-    assert f"b.pt minus a.pt: dice mean {b - a:+.4f}, 95 % interval" in said and "(1 cases, paired)" in said
-    single = [probabilities(judged.folder / f"both/predictions_{k}") for k in range(2)]
-    assert np.abs(single[0] - single[1]).max() > 1e-3
-    judged(checkpoint=both, out="mean", ensemble=True, **keys)
-    np.testing.assert_allclose(probabilities(judged.folder / "mean/predictions"), (single[0] + single[1]) / 2, atol=1e-6)
-    # the same scan without its label: the same prediction, on the scan's own voxels
-    (judged.folder / "scans").mkdir()
-    source = abdomens / "demo_ct/train/imagesTr/phantom_004.nii.gz"
-    os.link(source, judged.folder / "scans/new.nii.gz")
-    judged(root=judged.folder, checkpoint="a.pt", images="scans/*.nii.gz", out="bare", probabilities=True)
-    np.testing.assert_allclose(probabilities(judged.folder / "bare", "new"), single[0], atol=1e-6)
-    label, scan = nib.load(judged.folder / "bare/new.nii.gz"), nib.load(source)
-    assert label.shape == scan.shape and np.array_equal(label.affine, scan.affine) and label.get_data_dtype() == np.uint8
-    np.testing.assert_array_equal(label.get_fdata(), nib.load(judged.folder / "both/predictions_0/004.nii.gz").get_fdata())
-    assert sorted(p.name for p in (judged.folder / "bare").iterdir()) == ["new.nii.gz", "new_probabilities.nii.gz"]
-
-
-@pytest.mark.parametrize("argv, text", [
-    (["--rows={'a': {}}"], "the study needs `seeds`, `rows`, and shot_rows among them; found seeds (), rows a, shot_rows ()"),
-    (["--seeds=0,", "--rows={'a': {}}", "--shot_rows=('b',)"], "found seeds (0,), rows a, shot_rows ('b',)"),
-])
-def test_a_study_without_rows_or_seeds_is_refused(argv, text):
-    with pytest.raises(SystemExit) as caught:
-        ev.main(["--study", *argv])
-    assert str(caught.value).endswith(text)
-
-
-def test_a_study_is_not_taken_for_a_task():
-    with pytest.raises(SystemExit, match="configs/study.py holds the rows of a study; run it with --study$"):
-        ev.main([str(HERE / "configs/study.py")])
-
-
-@pytest.mark.skipif(not os.environ.get("S2DC_REAL_DATA"), reason="S2DC_REAL_DATA is not set")
-@pytest.mark.parametrize("modality, train, tested", [("ct", 6, ["sts_042"]), ("mri", 15, ["sts_012", "sts_042"]),
-                                                     ("pet", 6, ["013_pet", "019_pet", "042_pet"])])
-def test_the_studies_of_real_scans_probe_patients_that_pretraining_has_not_seen(modality, train, tested):
-    study = configs.load(ev.Study, [str(HERE / f"configs/study_{modality}.py")])
-    keys = study.pretrain_keys | dict(data=os.environ["S2DC_REAL_DATA"])
-    script = configs.load(pretrain.Config, [str(HERE / study.pretrain_config), *flags(**keys)])         # takes every key
-    seen = [str(file) for case in data.find_cases(script) for file in case["images"]]
-    keys = {key: value for key, value in keys.items() if hasattr(ev.Config(), key)} | study.probe_keys
-    cfg = configs.load(ev.Config, [str(HERE / study.pretrain_config), *flags(**keys)], foreign=True)
-    cases = [case for case in data.find_cases(ev.probe_source(cfg)) if case["label"]]
-    held_out = cases[max(1, round(cfg.probe_train * len(cases))):]
-    assert len(seen) == train and len(held_out) == len(tested)
-    assert all(want in str(case["images"]) for want, case in zip(tested, held_out))
-    patients = [re.search(r"(sts_)?(\d{3})", Path(case["images"][0]).name).group(2) for case in held_out]
-    assert not any(f"sts_{patient}" in Path(file).name for patient in patients for file in seen)
-
-
-def test_a_study_runs_every_row_once_and_its_table_is_what_the_runs_scored(tmp_path):
-    """Two rows, one seed, two scans with labels; then the same with one more, of which only the new part may run."""
-    write_phantoms(tmp_path / "data/demo_ct/train", range(3), size=64)
-    write_phantoms(tmp_path / "data/demo_ct/unseen", range(50, 54), size=64)
-    small = dict(NETWORK) | {"crop": (64, 64, 64)}
-    (tmp_path / "study.py").write_text(f"""
-name, seeds, jobs, labelled = "study", (5,), 2, 2
-pretrain_config, finetune_config = {str(HERE / "configs/demo.py")!r}, {str(HERE / "configs/demo_segmentation.py")!r}
-rows = {{"random": None, "in plane": {{"rotation": (0, 0, 20.0)}}}}
-shot_rows = "random", "in plane"
-pretrain_keys = {small | dict(slab=(64, 64, 64), probe_crop=(64, 64, 64), steps=2, warmup=1, hidden=8, embedding=8, save_every=2)!r}
-probe_keys = {{"probe_train": 0.3}}
-finetune_keys = {small | dict(steps=1, warmup=0, val="train_002", test="unseen_050", exclude=("unseen_05[123]",), overlap=0.0)!r}
-workers = 0
-""")
-    study = sys.executable, str(HERE / "evaluate.py"), str(tmp_path / "study.py"), "--study"
-    run = lambda *more: script(tmp_path, tmp_path / "data", *study, *more)
-    with pytest.raises(AssertionError, match="labelled = 3, but .* trains on 2 subjects .train_000, train_001, ...\\n"):
-        run("--shots=1,", "--labelled=3")
-    first = run("--shots=1,")
-    folder = tmp_path / "runs/study"
-    times = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.pt")}
-    again = run("--shots=1,2")
-    assert "probe" not in again.split("|")[0] and ", 2: " in again and ", 1: " not in again        # the rest was there
-    assert all(path.stat().st_mtime_ns == t for path, t in times.items()) and len(times) >= 6
-    stored = json.loads((folder / "study.json").read_text())["results"]
-    assert (folder / "study.md").read_text() == again[again.index("| row"):] and first.index("| row")
-    table = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in map(lambda line: line.split("|"), again.splitlines()) if len(cells) > 3}
-    for row in ("random", "in plane"):
-        probed = json.loads((folder / f"{row}-5/probe.json").read_text())
-        assert probed["config"]["rotation"] != [0, 0, 20.0] and probed["config"]["seed"] == 5      # all rows are probed alike
-        assert probed["config"]["probe_train"] == 0.3
-        (encoder, numbers), = probed["probe"].items()
-        assert encoder == ("random" if row == "random" else f"runs/study/{row}-5/encoder.pt")
-        linear = numbers["linear"]["balanced_accuracy"]
-        assert table[row][0] == f"{linear:.3f} ({linear:.3f})" and stored[f"{row}-5"]["probe"]["value"] == numbers
-        for column, shots in ((5, 1), (6, 2)):
-            result, = json.loads((folder / f"{row}-5-{shots}/results.json").read_text())["results"].values()
-            score = result["summary"]["preprocessed"]["dice"]["mean"]["mean"]
-            assert table[row][column] == f"{score:.3f} ({score:.3f})" and len(result["rows"]) == 1
-            trained = torch.load(folder / f"{row}-5-{shots}/best.pt", weights_only=True)
-            assert len(trained["subjects"]) == shots and trained["config"]["init"] == ("" if row == "random" else encoder)
-    assert table["row"][5:] == ["Dice, 1 labelled", "Dice, 2 labelled"]
-
-
-def test_flips_average_the_eight_mirrored_outputs(organs):
-    (scan,), cfg = organs(("001",))
-    torch.manual_seed(0)
-    network = SwinUNETR(1, 14, **NETWORK).eval()
-    found = ev.predict([network], scan, dataclasses.replace(cfg, flips=True), torch.device("cpu"))
-    volume, total = torch.from_numpy(np.ascontiguousarray(scan.open())).float()[None], 0
-    missing = [64 - n for n in scan.shape]
-    before = [m // 2 for m in missing]
-    for axes in itertools.chain.from_iterable(itertools.combinations((2, 3, 4), n) for n in range(4)):
-        padded = torch.full((1, 1, 64, 64, 64), float(scan.fill[0]))
-        x, y, z = (slice(b, b + n) for b, n in zip(before, scan.shape))
-        padded[:, :, x, y, z] = volume.flip(axes)
-        with torch.no_grad():
-            total += network(padded).softmax(1)[:, :, x, y, z].flip(axes)
-    torch.testing.assert_close(found, total[0] / 8, rtol=0, atol=1e-4)
-
-
-def test_windows_of_background_are_not_run(tmp_path, monkeypatch):
-    monkeypatch.setenv("S2DC_DATA", str(tmp_path))
-    body = np.full((160, 64, 64), -1000)
-    body[10:50, 10:50, 10:50] = 40
-    for part, voxels in (("img", body), ("lab", body > 0)):
-        nifti(tmp_path / f"s0_{part}.nii.gz", voxels)
-    cfg = settings("demo_segmentation", **SMALL | dict(cache=str(tmp_path / "cache"), crop_foreground=False), overlap=0.5, windows=1)
-    (scan,), seen = data.open_scans(cfg, say=lambda *_: None), []
-
-    class Everywhere(torch.nn.Module):
-        def forward(self, x):                               # says class 1, wherever it is asked
-            seen.append(x.shape)
-            return torch.stack([-x[:, 0] * 0, x[:, 0] * 0 + 5], 1)
-    everything, some = (ev.predict([Everywhere()], scan, dataclasses.replace(cfg, skip_background=skip), torch.device("cpu")) for skip in (False, True))
-    assert len(seen) == 4 + 2                               # windows from 0, 32, 64 and 96; the box ends before 50
-    assert (everything[1] > 0.99).all() and (some[1, :96] > 0.99).all() and (some[1, 96:] < 0.01).all() and (some[0, 96:] > 0.99).all()
-
-
-def test_classes_of_bare_scans_and_a_second_run(judged, abdomens):
-    cfg = settings("demo_classification", **KINDS)
-    network = checkpoint_file(judged.folder / "c.pt", cfg, 0)
-    os.environ["S2DC_DATA"] = str(abdomens)
-    for _ in range(2):                                      # the table of a second run replaces the first one's
-        judged("demo_classification", checkpoint="c.pt", part="val", out="scored")
-        bare = f"{abdomens}/demo_ct/train/imagesTr/phantom_00[23].nii.gz"
-        judged("demo_classification", checkpoint="c.pt", images=bare, out="bare")
-    tables = [list(csv.reader(open(judged.folder / path / "probabilities.csv"))) for path in ("scored/predictions", "bare")]
-    assert [[row[0] for row in table] for table in tables] == [["id", "002", "003"], ["id", "phantom_002", "phantom_003"]]
-    assert tables[0][0] == ["id", "0", "1"] and [row[1:] for row in tables[0]] == [row[1:] for row in tables[1]]
-    scans = data.open_scans(dataclasses.replace(cfg, cache=str(judged.folder / "cache")), say=lambda *_: None)
-    with torch.no_grad():
-        expected = network(torch.from_numpy(np.ascontiguousarray(scans[2].open())).float()[None]).softmax(1)[0]
-    np.testing.assert_allclose([float(v) for v in tables[0][1][1:]], expected, atol=1e-5)
-
-
-def test_nobody_is_scored_who_trained_the_network(judged, tmp_path):
-    """Scored under another split than it was trained under."""
-    cfg = settings("demo_segmentation", **DEMO)
-    checkpoint_file(tmp_path / "t.pt", cfg, 0, subjects=["000", "001", "002"])
-    with pytest.raises(SystemExit, match="^t.pt: 1 test subjects trained it: 002; give the split of its training "):
-        judged(checkpoint="t.pt", val="004", test="002")
-    with pytest.raises(SystemExit, match="^t.pt: 2 val subjects trained it: 001, 002; "):
-        judged(checkpoint="t.pt", val=("001", "002"), test="val", part="val")
-
-
-def test_folders_of_slices_without_labels(judged):
-    Image = pytest.importorskip("PIL.Image")
-    for folder, shade in (("a", 3), ("b", 2)):
-        (judged.folder / "slices" / folder).mkdir(parents=True)
-        for z in range(4):
-            Image.fromarray((np.arange(48 * 40).reshape(48, 40) // shade % 256).astype(np.uint8)).save(
-                judged.folder / "slices" / folder / f"{z}.png")
-    checkpoint_file(judged.folder / "c.pt", settings("demo_classification", **KINDS), 0)
-    judged("demo_classification", root=judged.folder, checkpoint="c.pt", images="slices/*/", out="bare")
-    assert [row[0] for row in csv.reader(open(judged.folder / "bare/probabilities.csv"))] == ["id", "a", "b"]
-
-
-@pytest.mark.parametrize("keys, text", [
-    (dict(checkpoint="no.pt"), "no.pt: no such checkpoint; train it with finetune.py, or give --checkpoint=FILE"),
-    (dict(checkpoint="encoder.pt"), "encoder.pt: holds no fine-tuned segmentation network, 33 tensors are missing (skips, bottom, "
-     "ups, out); expected the best.pt of finetune.py"),
-    (dict(labels={1: "a", 2: "b"}), "a.pt: trained with labels = {1: 'spleen', "),
-    (dict(labels={k: f"organ {k}" for k in range(1, 14)}), "a.pt: trained with labels = {1: 'spleen', "),
-    (dict(checkpoint="f.pt", merge="legacy", labels={1: "a", 2: "b"}), "f.pt: 14 outputs in the file, 3 in the model; the config "
-     "declares other classes than it was trained for"),
-    (dict(feature_size=8), "a.pt: does not fit the model: feature_size is 4 in the file, 8 in the model"),
-    (dict(in_channels=2), "a.pt: trained with in_channels = 1, the config has 2"),
-    (dict(residual=True), "a.pt: trained with residual = False, the config has True"),
-    (dict(checkpoint="t.pt"), "t.pt: trained with task = 'translation', the config has 'segmentation'"),
-    (dict(part="rest"), "part = 'rest', expected 'train', 'val' or 'test'"),
-    (dict(images="nowhere/*.nii.gz"), "pattern '*.nii.gz' finds nothing below nowhere; "),
-    (dict(images="('{id}_a.nii.gz', '{id}_b.nii.gz')"), "1_a.nii.gz: the scan has 2 channels, in_channels = 1"),
-])
-def test_what_evaluate_refuses(judged, keys, text):
-    encoder_file(judged.folder / "encoder.pt")
-    checkpoint_file(judged.folder / "t.pt", settings("demo_segmentation", **DEMO), 0, task="translation")
-    save(judged.folder / "f.pt", to_monai(judged.networks[0].state_dict(), "legacy"))   # states nothing but its weights
-    for name in ("1_a", "1_b"):
-        nifti(judged.folder / f"{name}.nii.gz", BOX)
-    with pytest.raises(SystemExit) as caught:
-        judged(**dict(checkpoint="a.pt") | keys)
-    assert str(caught.value).startswith(text) and "\n" not in str(caught.value)
-
-
-def test_regions_in_another_order_are_refused_and_preprocessing_is_compared(tmp_path, capsys):
-    cfg = settings("brats21", **NETWORK)
-    checkpoint_file(tmp_path / "r.pt", cfg, 0)
-    with pytest.raises(SystemExit, match="r.pt: trained with regions = {'TC': "):
-        ev.restore(tmp_path / "r.pt", dataclasses.replace(cfg, regions=dict(reversed(cfg.regions.items()))), torch.device("cpu"))
-    capsys.readouterr()
-    ev.restore(tmp_path / "r.pt", cfg, torch.device("cpu"))
-    assert "differs" not in capsys.readouterr().out
-    ev.restore(tmp_path / "r.pt", dataclasses.replace(cfg, spacing=(2.0, 2.0, 2.0)), torch.device("cpu"))
-    assert "r.pt: preprocessing differs: spacing was () in training, is (2.0, 2.0, 2.0) here" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# translation and reconstruction
-
-@pytest.fixture
-def pair(tmp_path, monkeypatch):
-    """A scan whose target is 0 outside a block; and its config."""
-    monkeypatch.setenv("S2DC_DATA", str(tmp_path))
-    rng = np.random.default_rng(0)
-    target = np.zeros((16, 14, 12))
-    target[3:12, 2:10, 4:9] = 10 + rng.random((9, 8, 5)) * 5
-    nifti(tmp_path / "1_a.nii.gz", target + rng.random(target.shape), kind=np.float32)
-    nifti(tmp_path / "1_b.nii.gz", target, kind=np.float32)
-    cfg = settings("demo_translation", image="{id}_a.nii.gz", target="{id}_b.nii.gz", intensity="scale", window=(2.0, 12.0),
-                   foreground=-1.0, cache=str(tmp_path / "cache"), workers=0)
-    (scan,) = data.open_scans(cfg, say=lambda *_: None)
-    truth = torch.from_numpy(np.ascontiguousarray(scan.open("target"))).float()
-    return scan, cfg, truth, torch.from_numpy(np.ascontiguousarray(scan.open())).float()
-
-
-def test_the_target_itself_scores_perfectly(pair):
-    scan, cfg, truth, _ = pair
-    scores = ev.score_image(truth, scan, cfg, full=True)["preprocessed"]
-    assert all(scores["psnr"][part] == np.inf and scores["nmse"][part] == 0 for part in ("whole", "pasted", "tissue"))
-    assert scores["ssim"]["whole"] == pytest.approx(1) and scores["psnr"]["input"] < 100
-
-
-@pytest.mark.parametrize("reach", [0.0, 2.0])
-def test_pasted_tissue_and_input_by_closed_form(pair, reach):
-    scan, cfg, truth, image = pair
-    inside = truth > truth.min() + 0.1                      # air is -0.2 in these units
-    n, k = truth.numel(), int(inside.sum())
-    assert k == 9 * 8 * 5
-    guess = truth + torch.where(inside, 0.1, 0.3)           # the error within and around
-    scores = ev.score_image(guess, scan, dataclasses.replace(cfg, data_range=reach), full=True)["preprocessed"]
-    span = reach or float(truth.max() - truth.min())
-    left = float(((image - truth) ** 2).sum())
-    errors = {"whole": k * 0.01 + (n - k) * 0.09, "pasted": k * 0.01, "tissue": k * 0.01, "input": left}
-    for part, error in errors.items():
-        assert scores["psnr"][part] == pytest.approx(10 * np.log10(span ** 2 * (k if part == "tissue" else n) / error), abs=1e-4)
-        power = float((truth[inside] ** 2).sum() if part == "tissue" else (truth ** 2).sum())
-        assert scores["nmse"][part] == pytest.approx(error / power, rel=1e-4)
-    assert scores["data_range"] == {"used": pytest.approx(span)} and set(scores["ssim"]) == {"whole", "pasted", "input"}
-    skimage = pytest.importorskip("skimage.metrics")
-    pasted = torch.where(inside, guess, truth)
-    for part, each in (("whole", guess), ("pasted", pasted), ("input", image)):
-        expected = skimage.structural_similarity(each[0].numpy().astype(float), truth[0].numpy().astype(float), data_range=span)
-        assert scores["ssim"][part] == pytest.approx(expected, abs=1e-6)
-
-
-def test_a_predicted_image_is_written_in_the_unit_of_the_file(pair, tmp_path):
-    scan, cfg, truth, _ = pair
-    ev.write_prediction(tmp_path / "out", scan, truth, cfg)
-    written, source = nib.load(tmp_path / "out/1.nii.gz"), nib.load(tmp_path / "1_b.nii.gz")
-    np.testing.assert_allclose(written.get_fdata(), source.get_fdata(), atol=0.01)     # 2 bytes a voxel between
-    assert written.get_data_dtype() == np.float32 and np.array_equal(written.affine, source.affine)
-
-
-def test_a_residual_network_starts_as_the_identity():
-    cfg = settings("udpet", **NETWORK)
-    volume = torch.rand(1, 1, 64, 64, 64)
-    with torch.no_grad():
-        assert torch.equal(ev.forward(ev.TASKS[cfg.task].network(cfg), volume, cfg), volume)

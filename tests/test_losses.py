@@ -12,8 +12,20 @@ import torch.nn.functional as F
 from scipy.optimize import linprog, minimize
 
 import losses
-from losses import (dice_bce, dice_ce, dual_softmax, info_nce, masked_l1_l2, patch_to_patch, patch_to_structure,
-                    reconstruction_loss, s2dc_loss, sharpe_ratio, similarity, sinkhorn)
+from losses import (
+    dice_bce,
+    dice_ce,
+    dual_softmax,
+    info_nce,
+    masked_l1_l2,
+    patch_to_patch,
+    patch_to_structure,
+    reconstruction_loss,
+    s2dc_loss,
+    sharpe_ratio,
+    similarity,
+    sinkhorn,
+)
 
 FORMS = ["printed", "sum", "mean", "released"]
 

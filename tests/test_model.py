@@ -9,8 +9,20 @@ from einops import repeat
 from torch import nn
 
 import model as model_file
-from model import (LEGACY, SIZES, Classifier, Merge, Projector, Swin3D, SwinUNETR, WeightsError, from_monai, load_weights, save,
-                   to_monai)
+from model import (
+    LEGACY,
+    SIZES,
+    Classifier,
+    Merge,
+    Projector,
+    Swin3D,
+    SwinUNETR,
+    WeightsError,
+    from_monai,
+    load_weights,
+    save,
+    to_monai,
+)
 
 SMALL = dict(feature_size=12, depths=(1, 2, 1, 1))                                # 3.5 M parameters with v2, quick on one core
 
