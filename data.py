@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -31,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from scipy import ndimage
+
+import configs
 
 
 @dataclasses.dataclass
@@ -586,19 +587,13 @@ def _merge_index(folder, cfg, records):
     with open(folder / "index.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         scans = read_index(folder) | records
-        aside = folder / f"index.{os.uname().nodename}-{os.getpid()}.tmp"
-        aside.write_text(json.dumps({"preprocessing": preprocessing(cfg), "scans": scans}, default=list))
-        os.replace(aside, folder / "index.json")
+        with configs.replacing(folder / "index.json") as aside:
+            aside.write_text(json.dumps({"preprocessing": preprocessing(cfg), "scans": scans}, default=list))
 
 
 def _write_array(path, array):
-    aside = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
-    try:
-        with open(aside, "wb") as file:
-            np.save(file, array)
-        os.replace(aside, path)                                     # a reader sees the whole array or none
-    finally:
-        aside.unlink(missing_ok=True)
+    with configs.replacing(path) as aside, open(aside, "wb") as file:
+        np.save(file, array)
 
 
 def _fill_one(case, cfg, folder, name):
@@ -684,7 +679,7 @@ def _in_processes(cases, names, todo, cfg, folder, say):
                     fresh, saved = {}, now
                 if now - shown > 5 or done == len(jobs):
                     rate = done / (now - started)
-                    say(f"  {done}/{len(jobs)} scans, {unusable} unusable, {rate:.2f} scans/s, {clock((len(jobs) - done) / rate)} left")
+                    say(f"  {done}/{len(jobs)} scans, {unusable} unusable, {rate:.2f} scans/s, {(len(jobs) - done) / rate:.0f} s left")
                     shown = now
                 yield name, result
         except concurrent.futures.process.BrokenProcessPool:
@@ -716,24 +711,6 @@ def _expected_bytes(case, cfg):
         except Exception:                                           # the reader names the reason, here only the size counts
             continue
     return total
-
-
-def clock(seconds):
-    """Seconds as '3 h 05 min', '4 min 10 s' or '9 s'."""
-    seconds = int(max(0, seconds))
-    if seconds >= 3600:
-        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
-    return f"{seconds // 60} min {seconds % 60:02d} s" if seconds >= 60 else f"{seconds} s"
-
-
-def commit():
-    """Commit of this repository, with "-dirty" where files differ from it, or "unknown"."""
-    here = Path(__file__).resolve().parent
-    try:
-        said = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
-    except OSError:                                                 # no git on this machine
-        return "unknown"
-    return said.stdout.strip() or "unknown"
 
 
 class Scan:
@@ -1114,8 +1091,7 @@ def summary(good):
 
 
 def main(argv):
-    from configs import load
-    cfg = load(Config, argv, foreign=True)
+    cfg = configs.load(Config, argv, foreign=True)
     cases = find_cases(cfg)
     print(f"{len(cases)} cases below {root(cfg)}")
     good, reasons = fill_cache(cases, cfg)

@@ -11,6 +11,7 @@ scikit-learn and matplotlib are needed by probes and pictures alone and imported
 """
 import dataclasses
 import functools
+import gzip
 import importlib
 import inspect
 import itertools
@@ -37,6 +38,7 @@ import configs
 import data
 import losses
 import metrics
+import run
 import tasks
 from model import Swin3D, WeightsError, load_weights, read_file
 
@@ -352,9 +354,9 @@ def write_nifti(path, array, affine, like):
     image = (nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image)(array, affine, header)
     image.header.set_slope_inter(1, 0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{os.getpid()}-{path.name}")
-    nib.save(image, aside)
-    os.replace(aside, path)
+    content = image.to_bytes()
+    with configs.replacing(path) as aside:
+        aside.write_bytes(gzip.compress(content, 1, mtime=0) if path.suffix == ".gz" else content)
 
 
 def cell(value, metric=""):
@@ -448,12 +450,6 @@ def check_unseen(files, scans, cfg):
             if both:
                 raise SystemExit(f"{file}: {len(both)} {cfg.part} subjects trained it: {', '.join(both[:4])}; give the split of its training "
                                  "(val, test, fold, ..), or --part=train")
-
-
-def versions():
-    """What a result was made with: library versions, commit of this repository or "unknown", device, command line."""
-    return dict(torch=str(torch.__version__), numpy=np.__version__, nibabel=nib.__version__, commit=data.commit(),
-                device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", argv=sys.argv)
 
 
 def load_encoder(path, cfg, device, seed=None):
@@ -706,7 +702,7 @@ class Shown:
 
     def write(self, path, **numbers):
         keys = ("id", "shape", "spacing", "affine")
-        write_json(path, {key: getattr(self.scan, key) for key in keys} | dict(patch=self.patch, grid=self.grid) | numbers)
+        run.write_json(path, {key: getattr(self.scan, key) for key in keys} | dict(patch=self.patch, grid=self.grid) | numbers)
 
 
 def cosine_map(tokens, cell):
@@ -820,12 +816,12 @@ def draw_similarity(shown, out):
 
 def draw_evolution(shown, out):
     """Fig. 7: the same maps from the checkpoints that pre-training kept (its key `keep`), after random weights."""
-    run = Path(shown.cfg.runs) / shown.cfg.name
-    kept = {int(path.stem[8:]): str(path) for path in run.glob("encoder-*.pt") if path.stem[8:].isdigit()}
+    folder = Path(shown.cfg.runs) / shown.cfg.name
+    kept = {int(path.stem[8:]): str(path) for path in folder.glob("encoder-*.pt") if path.stem[8:].isdigit()}
     if not kept:
-        raise NoFigure(f"{run} holds no encoder-<step>.pt; pre-train with, for instance, --keep=\"(10, 100, 1000)\"")
-    if (run / "encoder.pt").exists():
-        kept.setdefault(read_file(run / "encoder.pt").get("step"), str(run / "encoder.pt"))
+        raise NoFigure(f"{folder} holds no encoder-<step>.pt; pre-train with, for instance, --keep=\"(10, 100, 1000)\"")
+    if (folder / "encoder.pt").exists():
+        kept.setdefault(read_file(folder / "encoder.pt").get("step"), str(folder / "encoder.pt"))
     return similarity_sheets(shown, out, "evolution", {"random": "random weights"} | {kept[n]: f"step {n}" for n in sorted(kept)})
 
 
@@ -929,7 +925,7 @@ def draw_tsne(shown, out):
     below.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     figure.draw_without_rendering()                 # the layout of tick labels settles at the second pass
     figure.savefig(out / "tsne.png")
-    write_json(out / "tsne.json", dict(scans=[s.id for s in scans], names={k: shown.name(k) for k in organs}, encoders=numbers))
+    run.write_json(out / "tsne.json", dict(scans=[s.id for s in scans], names={k: shown.name(k) for k in organs}, encoders=numbers))
     return [out / "tsne.png"]
 
 
@@ -1054,7 +1050,7 @@ def draw_curves(shown, out):
         if title != "validation":
             axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
     figure.savefig(out / "curves.png")
-    write_json(out / "curves.json", dict(log=str(path), curves=curves))
+    run.write_json(out / "curves.json", dict(log=str(path), curves=curves))
     return [out / "curves.png"]
 
 
@@ -1121,7 +1117,7 @@ def study(cfg):
     results = {f"{row}-{seed}": outcome for (row, seed), outcome in zip(jobs, outcomes)}
     text = study_table(results, cfg)
     out = Path(cfg.runs) / cfg.name
-    write_json(out / "study.json", dict(results=results, config=dataclasses.asdict(cfg), **versions()))
+    run.write_json(out / "study.json", dict(results=results, config=dataclasses.asdict(cfg), **run.versions()))
     (out / "study.md").write_text(text + "\n")
     print(text)
 
@@ -1168,7 +1164,7 @@ def study_run(row, seed, slot, cfg):
                 if subprocess.run(line, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode:
                     raise SystemExit(f"{' '.join(line)}\nfailed, see {done.with_name('out.log')}")
         outcome[key] = dict(value=value(), minutes=(time.time() - began) / 60, commands=lines)
-        write_json(done, outcome)
+        run.write_json(done, outcome)
         print(f"{name}, {key}: {outcome[key]['minutes']:.1f} min", flush=True)
 
     done.parent.mkdir(parents=True, exist_ok=True)
@@ -1213,14 +1209,6 @@ def study_table(results, cfg):
     return "\n".join(lines) + f"\n\nMean (seeds {', '.join(map(str, cfg.seeds))}); {minutes:.0f} minutes of processes, {cfg.jobs} at a time."
 
 
-def write_json(path, content):
-    """Written aside and renamed; arrays become lists."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{os.getpid()}-{path.name}")
-    aside.write_text(json.dumps(content, indent=1, default=lambda v: v.tolist() if hasattr(v, "tolist") else list(v)))
-    os.replace(aside, path)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # program
 
@@ -1247,7 +1235,7 @@ def main(argv):
     out = Path(cfg.out or Path(cfg.runs) / cfg.name)
     if cfg.probe:
         results = probe(cfg, device)
-        write_json(out / "probe.json", dict(probe=results, config=dataclasses.asdict(cfg), **versions()))
+        run.write_json(out / "probe.json", dict(probe=results, config=dataclasses.asdict(cfg), **run.versions()))
         return
     if cfg.figures:
         return figures(cfg, device)
@@ -1283,7 +1271,7 @@ def main(argv):
     print(f"\n{cfg.name}: {len(scans)} {cfg.part} cases{same}\n\n" + result_tables(results, cfg))
     if len(results) > 1:
         print("\n" + compare(results, cfg))
-    write_json(out / "results.json", dict(results=results, part=cfg.part + same, config=dataclasses.asdict(cfg), **versions()))
+    run.write_json(out / "results.json", dict(results=results, part=cfg.part + same, config=dataclasses.asdict(cfg), **run.versions()))
     print(f"\n{out / 'results.json'}")
 
 

@@ -7,11 +7,6 @@ Started again with the same name it goes on from runs/<name>/last.pt. runs/<name
 the validation cases; python evaluate.py configs/btcv.py scores it.
 """
 import dataclasses
-import datetime
-import json
-import math
-import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -23,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import configs
 import data
-import evaluate
+import run
 import tasks
-from model import WeightsError, load_weights, read_file, save
+from model import WeightsError, load_weights, read_file
 
 
 @dataclasses.dataclass
@@ -67,14 +62,6 @@ class Config(tasks.Config):
 
 FREE_ON_RESUME = ("data", "runs", "cache", "workers", "compile", "log_every", "save_every", "overlap", "blend", "windows", "flips",
                   "ensemble", "checkpoint", "part", "hd95", "predictions", "probabilities", "sheets", "images", "out", "paper", "probe")
-
-
-def lr_at(step, cfg):
-    """Learning rate of step 0 .. steps - 1: linear warm-up, then half a cosine down to min_lr. A pure function of the step."""
-    if step < cfg.warmup:
-        return cfg.lr * (step + 1) / cfg.warmup
-    progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-    return cfg.min_lr + 0.5 * (cfg.lr - cfg.min_lr) * (1 + math.cos(math.pi * progress))
 
 
 def check(cfg, ranks):
@@ -129,29 +116,6 @@ def groups_of(network, cfg):
     return list(groups.values())
 
 
-def places(cfg, rank, ranks, first):
-    """For each pass of this rank the list of (step, place in the global batch) it works on."""
-    b = cfg.batch // (ranks * cfg.accumulate)
-    for step in range(first, cfg.steps):
-        for a in range(cfg.accumulate):
-            yield [(step, (rank * cfg.accumulate + a) * b + i) for i in range(b)]
-
-
-def resume(run, resolved):
-    """State of runs/<name>/last.pt, or None for a new run; exits when the configuration is another one."""
-    if not (run / "last.pt").exists():
-        return None
-    try:
-        state = read_file(run / "last.pt")
-    except WeightsError as error:
-        raise SystemExit(str(error)) from None
-    changed = [k for k, v in resolved.items() if k not in FREE_ON_RESUME and state["config"].get(k) != v]
-    if changed:
-        said = "; ".join(f"{k} was {state['config'].get(k)!r}, now {resolved[k]!r}" for k in changed[:4])
-        raise SystemExit(f"{run}/last.pt belongs to another configuration: {said}. Give --name=another, or remove {run}")
-    return state
-
-
 def validate(network, scans, cfg, device, rank, ranks):
     """The main score over all validation scans, shared out between the ranks."""
     rows = tasks.score_cases([network], scans[rank::ranks], cfg, device)
@@ -165,12 +129,16 @@ def validate(network, scans, cfg, device, rank, ranks):
 
 def main(argv):
     cfg = configs.load(Config, argv)
-    rank, ranks, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, ranks, local = run.processes()
     say = print if rank == 0 else lambda *_: None
     check(cfg, ranks)
-    run = Path(cfg.runs) / cfg.name
+    folder = Path(cfg.runs) / cfg.name
     resolved = dataclasses.asdict(cfg)
-    state = resume(run, resolved)
+    state = run.resume(folder, cfg, FREE_ON_RESUME)
+    first, best = (state["step"], state["best"]) if state else (0, None)
+    if first >= cfg.steps:
+        say(f"{folder} is complete: {first} steps, best {best}; python evaluate.py scores {folder}/best.pt")
+        return
     say(configs.dump(cfg))
 
     # the cases and their scans: one process a machine fills the cache, before the others are waited for
@@ -179,13 +147,8 @@ def main(argv):
     used = parts["train"] + parts["val"]
     if local == 0:
         data.open_scans(cfg, used, say)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if ranks > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
-        dist.barrier()
+    device = run.join(ranks, local, folder, first)
+    cuda = device.type == "cuda"
     scans = tasks.check_channels(data.open_scans(cfg, used, say), cfg)
     train, val = scans[:len(parts["train"])], scans[len(parts["train"]):]
 
@@ -198,15 +161,10 @@ def main(argv):
     if cfg.freeze_encoder:
         network.encoder.requires_grad_(False)
     optimizer = torch.optim.AdamW(groups_of(network, cfg), lr=cfg.lr)
-    first, best = 0, None
     if state is not None:
         network.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        first, best = state["step"], state["best"]
-        say(f"resumed from {run}/last.pt at step {first}")
-    if first >= cfg.steps:
-        say(f"{run} is complete: {first} steps, best {best}; python evaluate.py scores {run}/best.pt")
-        return
+        say(f"resumed from {folder}/last.pt at step {first}")
     if cfg.compile:
         network.compile()
     model = DistributedDataParallel(network, [local] if cuda else None, forward_sync_buffers=False) if ranks > 1 else network
@@ -215,22 +173,22 @@ def main(argv):
     # the batches
     classes = {case["id"]: case["class"] for case in parts["train"]} if cfg.task == "classification" else None
     crops = data.Crops(train, cfg, cfg.batch, cfg.seed, classes)
-    loader = torch.utils.data.DataLoader(crops, batch_sampler=list(places(cfg, rank, ranks, first)), num_workers=cfg.workers,
+    loader = torch.utils.data.DataLoader(crops, batch_sampler=list(run.places(cfg, rank, ranks, first)), num_workers=cfg.workers,
                                          collate_fn=data.collate, pin_memory=cuda)
     batches = iter(loader)
     subjects = sorted({case["subject"] for case in parts["train"]})
-    where = evaluate.versions() | dict(started=datetime.datetime.now().isoformat(timespec="seconds"))
+    where = run.versions()
     say(f"{ranks} x {where['device']}, {'bfloat16' if bf16 else 'float32'}, {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M "
         f"parameters, {len(train)} scans train, {len(val)} choose; batch {cfg.batch} crops of {cfg.crop}; steps {first} to {cfg.steps}")
     if rank == 0:
-        start_log(run, cfg, where, first)
+        run.start_log(folder, cfg, first, where)
 
     sums, waited, counted = torch.zeros(2, device=device), 0.0, 0
     began = tick = time.time()
     network.train()
     for step in range(first, cfg.steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, cfg) * group["factor"]
+            group["lr"] = run.lr_at(step, cfg) * group["factor"]
         loss, cases = 0.0, []
         for a in range(cfg.accumulate):
             start = time.time()
@@ -249,7 +207,7 @@ def main(argv):
         norm = nn.utils.clip_grad_norm_(network.parameters(), cfg.clip)
         if not torch.isfinite(loss + norm):
             raise SystemExit(f"step {step}: not finite (loss {loss.item():.4g}, gradient norm {norm.item():.4g}); cases: "
-                             f"{', '.join(cases)}; the last good checkpoint is {run}/last.pt")
+                             f"{', '.join(cases)}; {run.last_good(folder)}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         sums += torch.stack([loss, norm])
@@ -260,13 +218,12 @@ def main(argv):
             if ranks > 1:
                 dist.all_reduce(sums)
             mean, now = (sums / counted / ranks).tolist(), time.time()
-            memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            line = dict(step=done, loss=mean[0], grad_norm=mean[1], lr=lr_at(step, cfg), crops_per_s=counted * cfg.batch / (now - tick),
-                        waiting=waited / (now - tick), memory_gb=memory / 1e9)
+            line = dict(step=done, loss=mean[0], grad_norm=mean[1], lr=run.lr_at(step, cfg), crops_per_s=counted * cfg.batch / (now - tick),
+                        waiting=waited / (now - tick), memory_gb=run.memory_gb())
             say(f"step {done:6d}  loss {mean[0]:.4f}  grad {mean[1]:.2f}  lr {line['lr']:.2e}  {line['crops_per_s']:.2f} crops/s  waiting "
-                f"{line['waiting']:.0%}  {line['memory_gb']:.2f} GB  {data.clock((now - began) / (done - first) * (cfg.steps - done))} left")
+                f"{line['waiting']:.0%}  {line['memory_gb']:.2f} GB  {run.clock((now - began) / (done - first) * (cfg.steps - done))} left")
             if rank == 0:
-                write_log(run, line)
+                run.write_log(folder, line)
             sums, waited, counted, tick = torch.zeros(2, device=device), 0.0, 0, now
         if done % cfg.eval_every == 0 or done == cfg.steps:
             start = time.time()
@@ -277,13 +234,13 @@ def main(argv):
             name = " ".join(task.best[1:])
             say(f"step {done:6d}  val {name} {score:.4f}{'  best so far' if better else ''}")
             if rank == 0:
-                write_log(run, {"step": done, "val": score, "metric": name})
+                run.write_log(folder, {"step": done, "val": score, "metric": name})
                 if better:
-                    save(run / "best.pt", checkpoint(network, cfg, done, score, subjects, resolved, where))
+                    run.save(folder / "best.pt", checkpoint(network, cfg, done, score, subjects, resolved, where))
         if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
-            save(run / "last.pt", checkpoint(network, cfg, done, best, subjects, resolved, where)
+            run.save(folder / "last.pt", checkpoint(network, cfg, done, best, subjects, resolved, where)
                  | {"optimizer": optimizer.state_dict(), "best": best})
-    say(f"{cfg.steps} steps in {data.clock(time.time() - began)}; best val {' '.join(task.best[1:])} {best:.4f}: {run}/best.pt")
+    say(f"{cfg.steps} steps in {run.clock(time.time() - began)}; best val {' '.join(task.best[1:])} {best:.4f}: {folder}/best.pt")
     if ranks > 1:
         del model                                                   # before its process group: the other way round gloo may hang
         dist.destroy_process_group()
@@ -293,23 +250,6 @@ def checkpoint(network, cfg, step, score, subjects, resolved, where):
     """Content of best.pt. subjects: those that trained, so that evaluate.py scores nobody of them by mistake."""
     return dict(format="s2dc/finetune", model=network.state_dict(), arguments=network.arguments, preprocessing=data.preprocessing(cfg),
                 task=cfg.task, step=step, score=score, subjects=subjects, config=resolved, commit=where["commit"], torch=where["torch"])
-
-
-def start_log(run, cfg, where, first):
-    """The resolved config, and a log that ends where the checkpoint does."""
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.py").write_text(f'"""{run.name}, as resolved."""\n{configs.dump(cfg)}\n')
-    if (run / "log.jsonl").exists():
-        lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
-        kept = [x for x in lines if x.endswith("\n") and json.loads(x).get("step", 0) <= first]
-        (run / "log.tmp").write_text("".join(kept))
-        os.replace(run / "log.tmp", run / "log.jsonl")
-    write_log(run, where | {"resumed": first})
-
-
-def write_log(run, line):
-    with open(run / "log.jsonl", "a") as log:
-        log.write(json.dumps({k: round(v, 7) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
 
 
 if __name__ == "__main__":

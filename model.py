@@ -9,7 +9,6 @@ MONAI 1.6's SwinUNETR computes, its habits included:
 Axes: b batch, c channel, x y z voxels or tokens, h heads, n tokens of one window, d channels of one head.
 """
 import math
-import os
 import re
 from collections import Counter
 
@@ -414,20 +413,6 @@ def from_monai(state_dict, downsample="merging"):
 def window_of(table):
     """Edge of the window whose position table has (2 edge - 1)^3 rows."""
     return (round(len(table) ** (1 / 3)) + 1) // 2
-
-
-def save(path, state):
-    """torch.save that leaves either the old file or the whole new one, whenever it is killed: written aside, then renamed."""
-    aside = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(aside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        if os.path.exists(aside):
-            os.remove(aside)
 
 
 # What public files call things, rewritten in this order to MONAI's names. model_swinvit.pt has no "swinViT." and its own names

@@ -23,6 +23,8 @@ from einops import rearrange
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
+import configs
+
 VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]   # files that any other text than this drew are stale
 FOV = 288.0               # mm, edge of the cube in view, whatever the number of voxels
 DOSE_REDUCTION = 50       # full counts / low counts of a PET pair
@@ -451,13 +453,9 @@ def is_there(path, line):
 
 
 def put(path, content):
-    """Write aside and rename: under its own name a file is always whole."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
-    try:
+    """Under its own name a file is always whole."""
+    with configs.replacing(path) as aside:
         aside.write_bytes(content)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def write_subject(folder, seed, modality, size):

@@ -7,12 +7,8 @@ Started again with the same name it goes on from runs/<name>/last.pt. runs/<name
 """
 import copy
 import dataclasses
-import datetime
 import functools
-import json
 import math
-import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -26,7 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 import configs
 import data
 import losses
-from model import Projector, Swin3D, WeightsError, load_weights, read_file, save
+import run
+from model import Projector, Swin3D, WeightsError, load_weights
 
 
 @dataclasses.dataclass
@@ -124,14 +121,6 @@ class Queue:
         self.count += len(keys)
 
 
-def lr_at(step, cfg):
-    """Learning rate of step 0 .. steps - 1: linear warm-up, then half a cosine down to min_lr. A pure function of the step."""
-    if step < cfg.warmup:
-        return cfg.lr * (step + 1) / cfg.warmup
-    progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-    return cfg.min_lr + 0.5 * (cfg.lr - cfg.min_lr) * (1 + math.cos(math.pi * progress))
-
-
 def check(cfg, ranks):
     """Refuse what cannot run, one line each, before anything is read or written."""
     rules = [
@@ -163,14 +152,6 @@ def check(cfg, ranks):
         raise SystemExit(str(error)) from None
 
 
-def places(cfg, rank, ranks, first):
-    """For each pass of this rank the list of (step, place in the global batch) it works on."""
-    b = cfg.batch // (ranks * cfg.accumulate)
-    for step in range(first, cfg.steps):
-        for a in range(cfg.accumulate):
-            yield [(step, (rank * cfg.accumulate + a) * b + i) for i in range(b)]
-
-
 def assemble(samples, grid, patch):
     """A batch with its true matches: pairs (m, 3) of Eq. 2-3 among the tokens that lie inside the scan."""
     batch = data.collate(samples)
@@ -180,65 +161,25 @@ def assemble(samples, grid, patch):
     return batch | {"valid": valid, "valid_": valid_, "pairs": pairs[valid[b, i] & valid_[b, j]]}
 
 
-def resume(run, cfg, resolved):
-    """State of runs/<name>/last.pt, or None for a new run; exits when the configuration is another one."""
-    if not (run / "last.pt").exists():
-        return None
-    try:
-        state = read_file(run / "last.pt")
-    except WeightsError as error:
-        raise SystemExit(str(error)) from None
-    then = state["config"]
-    changed = [k for k, v in resolved.items() if k not in FREE_ON_RESUME and then.get(k) != v]
-    if changed:
-        said = "; ".join(f"{k} was {then.get(k)!r}, now {resolved[k]!r}" for k in changed[:4])
-        raise SystemExit(f"{run}/last.pt belongs to another configuration: {said}. Give --name=another, or remove {run}")
-    return state
-
-
-def start_log(path, first, where):
-    """Forget what was logged after step `first`, from where the run goes on, then say where and with what it does."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line).get("step", 0) <= first]
-    path.with_suffix(".tmp").write_text("".join(kept) + json.dumps(where | {"resumed": first}) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def origin():
-    """Versions, device and commit: the first line of every log."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-    return dict(torch=str(torch.__version__), python=sys.version.split()[0], device=device, commit=data.commit(),
-                argv=sys.argv, started=datetime.datetime.now().isoformat(timespec="seconds"))
-
-
 def main(argv):
     cfg = configs.load(Config, argv)
-    rank, ranks, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, ranks, local = run.processes()
     master = rank == 0
     say = print if master else lambda *_: None
     check(cfg, ranks)
-    run = Path(cfg.runs) / cfg.name
-    resolved = dataclasses.asdict(cfg)
-    state = resume(run, cfg, resolved)
+    folder = Path(cfg.runs) / cfg.name
+    state = run.resume(folder, cfg, FREE_ON_RESUME)
     first = state["step"] if state else 0
     if first >= cfg.steps:
-        say(f"{run} is complete: {first} steps; its encoder is {run}/encoder.pt")
+        say(f"{folder} is complete: {first} steps; its encoder is {folder}/encoder.pt")
         return
     say(configs.dump(cfg))
 
     # the scans: one process a machine fills the cache, before the others are waited for
     if local == 0:
         scans = data.open_scans(cfg, say=say)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if ranks > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
-        seen = [None] * ranks
-        dist.all_gather_object(seen, first)                         # waits for all, too
-        if len(set(seen)) > 1:
-            raise SystemExit(f"the ranks would go on from steps {sorted(set(seen))}: all machines must see the same {run}")
+    device = run.join(ranks, local, folder, first)
+    cuda = device.type == "cuda"
     if local != 0:
         scans = data.open_scans(cfg, say=say)
     if scans[0].record["channels"] != cfg.in_channels:
@@ -263,7 +204,7 @@ def main(argv):
         optimizer.load_state_dict(state["optimizer"])
         queue.keys.copy_(state["queue"])
         queue.count = state["queue_count"]
-        say(f"resumed from {run}/last.pt at step {first}")
+        say(f"resumed from {folder}/last.pt at step {first}")
     if cfg.compile:
         student.encoder.compile()
         teacher.encoder.compile()
@@ -273,11 +214,11 @@ def main(argv):
     # the batches
     grid = tuple(s // cfg.token_patch for s in cfg.slab)
     slabs = data.Slabs(scans, cfg, cfg.batch, cfg.seed)
-    loader = torch.utils.data.DataLoader(slabs, batch_sampler=list(places(cfg, rank, ranks, first)), num_workers=cfg.workers,
+    loader = torch.utils.data.DataLoader(slabs, batch_sampler=list(run.places(cfg, rank, ranks, first)), num_workers=cfg.workers,
                                          collate_fn=functools.partial(assemble, grid=grid, patch=cfg.token_patch), pin_memory=cuda)
     batches = iter(loader)
     per_crop = math.prod(s // c for s, c in zip(cfg.slab, cfg.crop))
-    where = origin()
+    where = run.versions()
     cached = sum(Path(f"{s.stem}.image.npy").stat().st_size for s in scans)
     say(f"{ranks} x {where['device']}, {'bfloat16' if bf16 else 'float32'}, {len(scans)} scans, cache {cached / 1e9:.2f} GB\n"
         f"encoder {sum(p.numel() for p in student.encoder.parameters()) / 1e6:.2f} M parameters, "
@@ -285,15 +226,13 @@ def main(argv):
         f"batch {cfg.batch} slabs x {per_crop} crops = {ranks} ranks x {cfg.accumulate} passes x {cfg.batch // ranks // cfg.accumulate}; "
         f"{math.prod(grid)} tokens a slab; steps {first} to {cfg.steps}")
     if master:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.py").write_text(f'"""{run.name}, as resolved."""\n{configs.dump(cfg)}\n')
-        start_log(run / "log.jsonl", first, where)
+        run.start_log(folder, cfg, first, where)
 
     sums, waited, counted, tick = {}, 0.0, 0, time.time()
     began = tick
     for step in range(first, cfg.steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, cfg)
+            group["lr"] = run.lr_at(step, cfg)
         new_keys, terms, cases = [], {}, []
         for a in range(cfg.accumulate):
             start = time.time()
@@ -321,9 +260,8 @@ def main(argv):
         norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip)
         if not torch.isfinite(norm + terms["loss"]):                # nothing of this step reaches the weights or the disk
             values = ", ".join(f"{k} {v.item():.4g}" for k, v in terms.items())
-            good = f"the last good checkpoint is {run}/last.pt" if (run / "last.pt").exists() else "there is no checkpoint yet"
             raise SystemExit(f"step {step}: not finite ({values}, gradient norm {norm.item():.4g}); "
-                             f"cases: {', '.join(cases)}; {good}")
+                             f"cases: {', '.join(cases)}; {run.last_good(folder)}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -338,23 +276,21 @@ def main(argv):
         if done % cfg.log_every == 0 or done == cfg.steps:
             means = average(sums, counted, ranks)
             now = time.time()
-            memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            line = dict(step=done) | means | dict(lr=lr_at(step, cfg), slabs_per_s=counted * cfg.batch / (now - tick),
-                                                  waiting=waited / (now - tick), memory_gb=memory / 1e9)
+            line = dict(step=done) | means | dict(lr=run.lr_at(step, cfg), slabs_per_s=counted * cfg.batch / (now - tick),
+                                                  waiting=waited / (now - tick), memory_gb=run.memory_gb())
             if master:
-                left = data.clock((now - began) / (done - first) * (cfg.steps - done))
+                left = run.clock((now - began) / (done - first) * (cfg.steps - done))
                 say(report(line) + f"  {left} left")
-                with open(run / "log.jsonl", "a") as log:
-                    log.write(json.dumps({k: round(v, 7) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+                run.write_log(folder, line)
             sums, waited, counted, tick = {}, 0.0, 0, now
         if master and done in cfg.keep:
-            save(run / f"encoder-{done}.pt", exported(student, cfg, done, where))
+            run.save(folder / f"encoder-{done}.pt", exported(student, cfg, done, where))
         if master and (done % cfg.save_every == 0 or done == cfg.steps):
-            save(run / "encoder.pt", exported(student, cfg, done, where))
-            save(run / "last.pt", dict(format="s2dc/pretrain", student=student.state_dict(), teacher=teacher.state_dict(),
+            run.save(folder / "encoder.pt", exported(student, cfg, done, where))
+            run.save(folder / "last.pt", dict(format="s2dc/pretrain", student=student.state_dict(), teacher=teacher.state_dict(),
                                        optimizer=optimizer.state_dict(), queue=queue.keys, queue_count=queue.count, step=done,
-                                       arguments=student.encoder.arguments, preprocessing=data.preprocessing(cfg), config=resolved))
-    say(f"{cfg.steps} steps in {data.clock(time.time() - began)}; encoder: {run}/encoder.pt")
+                                       arguments=student.encoder.arguments, preprocessing=data.preprocessing(cfg), config=dataclasses.asdict(cfg)))
+    say(f"{cfg.steps} steps in {run.clock(time.time() - began)}; encoder: {folder}/encoder.pt")
     if ranks > 1:
         del model                                                   # before its process group: the other way round gloo may hang
         dist.destroy_process_group()

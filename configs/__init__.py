@@ -6,8 +6,10 @@
 Keys and types are checked alike wherever a value comes from, so a typo in a file is as loud as one on the command line.
 """
 import ast
+import contextlib
 import dataclasses
 import difflib
+import os
 import pathlib
 import runpy
 import types
@@ -59,6 +61,23 @@ def load(Config, argv, foreign=False):
 def dump(cfg):
     """Plain assignments, one key a line, that `load` reads back to an equal configuration."""
     return "\n".join(f"{f.name} = {getattr(cfg, f.name)!r}" for f in dataclasses.fields(cfg))
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A file beside `path`, to be written instead of it: it takes the name when the block ends, and is gone if the block fails.
+
+    So a reader, or a run that is killed, finds the old file or the whole new one.
+    """
+    path = pathlib.Path(path)
+    aside = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")     # no pattern for data finds it
+    try:
+        yield aside
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())                                 # the name must not reach the disk before the content
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _checked(fields, key, value, where):

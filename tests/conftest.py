@@ -21,8 +21,9 @@ import configs
 import data
 import finetune
 import tasks
-from model import Swin3D, save
+from model import Swin3D
 from phantom import phantom
+from run import save
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -26,8 +26,10 @@ from scipy import ndimage
 import data
 import evaluate as ev
 import finetune
+import run
 import tasks
-from model import save, to_monai
+from model import to_monai
+from run import save
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -206,7 +208,7 @@ def checkpoint_file(path, cfg, seed, subjects=(), **other):
     for p in network.parameters():                          # untrained outputs hardly differ
         p.data *= 1.5
     path.parent.mkdir(parents=True, exist_ok=True)
-    save(path, finetune.checkpoint(network, cfg, 0, 0.0, list(subjects), dataclasses.asdict(cfg) | other, ev.versions()))
+    save(path, finetune.checkpoint(network, cfg, 0, 0.0, list(subjects), dataclasses.asdict(cfg) | other, run.versions()))
     return network.eval()
 
 

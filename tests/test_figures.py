@@ -15,7 +15,8 @@ import configs
 import data
 import evaluate as ev
 import tasks
-from model import Swin3D, save
+from model import Swin3D
+from run import save
 
 pytest.importorskip("matplotlib")
 SMALL = dict(feature_size=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), window_size=2)

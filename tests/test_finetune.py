@@ -41,7 +41,8 @@ import configs
 import data
 import finetune
 import tasks
-from model import Classifier, SwinUNETR, save
+from model import Classifier, SwinUNETR
+from run import save
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -637,12 +638,6 @@ def test_layer_decay_gives_each_stage_its_factor():
             assert found[id(p)] == (0.5 ** power, 0.01 if p.ndim > 1 else 0.0), name
 
 
-def test_learning_rate_warms_up_and_falls_to_its_least():
-    cfg = settings("btcv", finetune.Config, steps=100, warmup=10, lr=1.0, min_lr=0.1)
-    assert [finetune.lr_at(step, cfg) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
-    assert finetune.lr_at(55, cfg) == pytest.approx(0.55) and finetune.lr_at(99, cfg) == pytest.approx(0.1, abs=1e-3)
-
-
 @pytest.mark.parametrize("moves", [STILL, dict(rotation=(0.0, 0.0, 15.0), scale=(0.9, 1.1), flip=(0.2, 0.2, 0.2))])
 def test_every_positive_crop_shows_the_class_that_was_drawn(scans, moves):
     label = np.zeros((60, 60, 60))
@@ -686,16 +681,6 @@ def test_a_crop_depends_on_seed_step_and_place_alone(scans):
         assert items[step, 0]["id"] == items[step, 1]["id"] and items[step, 2]["id"] == items[step, 3]["id"]
     order = [items[step, place]["id"] for step in range(3) for place in (0, 2)]
     assert sorted(order[:3]) == sorted(order[3:]) == ["0", "1", "2"]
-
-
-@pytest.mark.parametrize("ranks, accumulate", [(1, 1), (2, 1), (4, 2), (1, 8)])
-def test_ranks_and_passes_share_out_the_same_places(ranks, accumulate):
-    cfg = settings("btcv", finetune.Config, batch=8, steps=5, accumulate=accumulate)
-    passes = [list(finetune.places(cfg, rank, ranks, 2)) for rank in range(ranks)]
-    assert all(len(each) == 3 * accumulate for each in passes)
-    for n, step in enumerate((2, 3, 4)):
-        mine = [w for each in passes for part in each[n * accumulate:(n + 1) * accumulate] for w in part]
-        assert mine == [(step, place) for place in range(8)]
 
 
 def test_scans_without_an_object_and_smaller_than_a_crop(scans):

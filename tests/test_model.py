@@ -20,9 +20,9 @@ from model import (
     WeightsError,
     from_monai,
     load_weights,
-    save,
     to_monai,
 )
+from run import save
 
 SMALL = dict(feature_size=12, depths=(1, 2, 1, 1))                                # 3.5 M parameters with v2, quick on one core
 

@@ -23,7 +23,6 @@ import torch
 
 import configs
 import data
-import evaluate
 import losses
 import phantom
 import pretrain
@@ -329,36 +328,11 @@ def test_resumption_with_another_learning_rate_is_refused(place, killed):
     assert before == ((killed / "last.pt").read_bytes(), (killed / "log.jsonl").read_bytes())
 
 
-def test_resumption_refuses_every_key_that_is_not_free(place, killed):
-    cfg = config(place, **TEN)
-    now = dataclasses.asdict(cfg)
-    assert set(pretrain.FREE_ON_RESUME) < set(now)
-    assert pretrain.resume(killed, cfg, now)["step"] == 4
-    for key in now:
-        if key in pretrain.FREE_ON_RESUME:
-            assert pretrain.resume(killed, cfg, now | {key: "else"})["step"] == 4
-        else:
-            assert f": {key} was " in ends(pretrain.resume, killed, cfg, now | {key: "else"})
-    assert set(pretrain.FREE_ON_RESUME) == {"data", "runs", "cache", "workers", "compile", "log_every", "save_every", "keep"}
-
-
 def test_damaged_checkpoint_is_one_line(place, killed, tmp_path):
     (tmp_path / "ten").mkdir()
     (tmp_path / "ten/last.pt").write_bytes((killed / "last.pt").read_bytes()[:5000])
     assert "last.pt" in ends(within, place, argv(place, runs=tmp_path, **TEN))
     assert [file.name for file in (tmp_path / "ten").iterdir()] == ["last.pt"]
-
-
-def test_log_forgets_what_the_checkpoint_does_not_know(tmp_path):
-    path = tmp_path / "log.jsonl"
-    header, steps = '{"torch": "2"}\n', ['{"step": 2}\n', '{"step": 4}\n', '{"step": 6}\n']
-    path.write_text("".join([header, *steps, '{"st']))              # killed in the middle of a line
-    pretrain.start_log(path, 4, {"torch": "3"})
-    assert path.read_text() == "".join([header, *steps[:2], '{"torch": "3", "resumed": 4}\n'])
-    path.write_text("".join([header, *steps]))
-    pretrain.start_log(path, 0, {"torch": "3"})                     # killed before the first checkpoint
-    assert path.read_text() == header + '{"torch": "3", "resumed": 0}\n'
-    assert [file.name for file in tmp_path.iterdir()] == ["log.jsonl"]
 
 
 # ------------------------------------------------------------------------------------------------------------- not finite, bad
@@ -463,33 +437,7 @@ def test_stored_configuration_is_a_config_file_and_the_log_says_where(place, ten
     assert all(set(line) == wanted for line in log(run)[1])
 
 
-def test_commit_is_unknown_where_there_is_no_git(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert pretrain.origin()["commit"] == evaluate.versions()["commit"] == "unknown"
-
-
 # ------------------------------------------------------------------------------------------------------------ parts, by hand
-
-def test_learning_rate_is_a_warm_up_and_half_a_cosine(place):
-    cfg = config(place, steps=110, warmup=10, lr=2.0, min_lr=0.5)
-    rate = [pretrain.lr_at(step, cfg) for step in range(110)]
-    assert rate[:10] == pytest.approx([0.2 * k for k in range(1, 11)])
-    assert rate[10:] == pytest.approx([0.5 + 1.5 * math.cos(math.pi * k / 200) ** 2 for k in range(100)])   # (1 + cos 2a) / 2
-    assert rate[9] == rate[10] == 2.0 and rate[60] == pytest.approx(1.25) and 0.5 < rate[109] < 0.501
-    plain = config(place, steps=4, warmup=0, lr=1.0)
-    assert [pretrain.lr_at(step, plain) for step in range(4)] == pytest.approx([1, 0.853553391, 0.5, 0.146446609])
-    assert pretrain.lr_at(3, config(place, steps=4, warmup=8, lr=1.0)) == 0.5
-
-
-@pytest.mark.parametrize("ranks, accumulate, batch", [(1, 1, 3), (2, 1, 4), (1, 4, 4), (2, 3, 12), (8, 2, 16)])
-def test_every_place_of_the_global_batch_is_worked_on_once_a_step(place, ranks, accumulate, batch):
-    cfg = config(place, steps=5, batch=batch, queue=batch, accumulate=accumulate)
-    passes = [list(pretrain.places(cfg, rank, ranks, 2)) for rank in range(ranks)]
-    for mine in passes:
-        assert len(mine) == 3 * accumulate and {len(one) for one in mine} == {batch // ranks // accumulate}
-    for step in (2, 3, 4):      # one rank after the other, each in the order of its passes: the order in which keys are gathered
-        order = [where for mine in passes for one in mine[(step - 2) * accumulate:(step - 1) * accumulate] for where in one]
-        assert order == [(step, k) for k in range(batch)]
 
 
 def test_queue_overwrites_the_oldest_first():

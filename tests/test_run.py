@@ -1,0 +1,96 @@
+"""run.py: learning rate, places, resuming, the log, versions, by closed forms and by hand."""
+import copy
+import dataclasses
+import math
+
+import pytest
+
+import pretrain
+import run
+
+
+def ends(call, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def config(**keys):
+    return dataclasses.replace(pretrain.Config(), **keys)
+
+
+@dataclasses.dataclass
+class Early:
+    """A config as the code once had it, and as it has it now: `depth` has come, `width` has gone."""
+    lr: float = 1e-3
+    workers: int = 2
+    width: int = 7
+
+
+@dataclasses.dataclass
+class Late:
+    lr: float = 1e-3
+    workers: int = 2
+    depth: int = 3
+
+
+def test_a_run_goes_on_unless_something_changes_that_it_depends_on(tmp_path):
+    assert run.resume(tmp_path, Early(), ()) is None
+    run.save(tmp_path / "last.pt", dict(step=4, config=dataclasses.asdict(Early())))
+    free = ("workers",)
+    for cfg in (Early(), Early(workers=9), Late(), Late(workers=9), Late(depth=3)):
+        assert run.resume(tmp_path, cfg, free)["step"] == 4
+    said = ends(run.resume, tmp_path, Late(depth=4, lr=0.1), free)
+    assert said == (f"{tmp_path}/last.pt belongs to another configuration: lr was 0.001, now 0.1; depth was 3, now 4. "
+                    f"Give --name=another, or remove {tmp_path}")
+
+
+@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(pretrain.Config)])
+def test_pretraining_depends_on_every_key_but_those_that_say_where_and_how_fast(tmp_path, key):
+    run.save(tmp_path / "last.pt", dict(step=4, config=dataclasses.asdict(pretrain.Config())))
+    other = copy.copy(pretrain.Config())
+    setattr(other, key, "else")
+    if key in ("data", "runs", "cache", "workers", "compile", "log_every", "save_every", "keep"):
+        assert run.resume(tmp_path, other, pretrain.FREE_ON_RESUME)["step"] == 4
+    else:
+        assert f": {key} was " in ends(run.resume, tmp_path, other, pretrain.FREE_ON_RESUME)
+
+
+def test_log_forgets_what_the_checkpoint_does_not_know(tmp_path):
+    path = tmp_path / "log.jsonl"
+    header, steps = '{"torch": "2"}\n', ['{"step": 2}\n', '{"step": 4}\n', '{"step": 6}\n']
+    path.write_text("".join([header, *steps, '{"st']))              # killed in the middle of a line
+    run.start_log(tmp_path, pretrain.Config(), 4, {"torch": "3"})
+    assert path.read_text() == "".join([header, *steps[:2], '{"torch": "3", "resumed": 4}\n'])
+    path.write_text("".join([header, *steps]))
+    run.start_log(tmp_path, pretrain.Config(), 0, {"torch": "3"})   # killed before the first checkpoint
+    assert path.read_text() == header + '{"torch": "3", "resumed": 0}\n'
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.py", "log.jsonl"]
+
+
+def test_commit_is_unknown_where_there_is_no_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert run.versions()["commit"] == "unknown"
+
+
+def test_learning_rate_is_a_warm_up_and_half_a_cosine():
+    cfg = config(steps=110, warmup=10, lr=2.0, min_lr=0.5)
+    rate = [run.lr_at(step, cfg) for step in range(110)]
+    assert rate[:10] == pytest.approx([0.2 * k for k in range(1, 11)])
+    assert rate[10:] == pytest.approx([0.5 + 1.5 * math.cos(math.pi * k / 200) ** 2 for k in range(100)])   # (1 + cos 2a) / 2
+    assert rate[9] == rate[10] == 2.0 and rate[60] == pytest.approx(1.25) and 0.5 < rate[109] < 0.501
+    plain = config(steps=4, warmup=0, lr=1.0)
+    assert [run.lr_at(step, plain) for step in range(4)] == pytest.approx([1, 0.853553391, 0.5, 0.146446609])
+    assert run.lr_at(3, config(steps=4, warmup=8, lr=1.0)) == 0.5
+
+
+@pytest.mark.parametrize("ranks, accumulate, batch", [(1, 1, 3), (2, 1, 4), (1, 4, 4), (2, 3, 12), (8, 2, 16)])
+def test_every_place_of_the_global_batch_is_worked_on_once_a_step(ranks, accumulate, batch):
+    cfg = config(steps=5, batch=batch, queue=batch, accumulate=accumulate)
+    passes = [list(run.places(cfg, rank, ranks, 2)) for rank in range(ranks)]
+    for mine in passes:
+        assert len(mine) == 3 * accumulate and {len(one) for one in mine} == {batch // ranks // accumulate}
+    for step in (2, 3, 4):      # one rank after the other, each in the order of its passes: the order in which keys are gathered
+        order = [where for mine in passes for one in mine[(step - 2) * accumulate:(step - 1) * accumulate] for where in one]
+        assert order == [(step, k) for k in range(batch)]
