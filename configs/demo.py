@@ -1,8 +1,8 @@
 """Demo: a tiny network learns from 24 synthetic abdomens in minutes on two CPU cores.
 
-    python phantom.py --demo
+    python -m lab.phantom --demo
     python pretrain.py configs/demo.py
-    python evaluate.py configs/demo.py --probe
+    python -m lab.probe configs/demo.py
 """
 name = "demo"
 dataset = "demo_ct"

@@ -1,6 +1,6 @@
 """Demo of classification: the subject class (0, 1, 2) of synthetic abdomens.
 
-    python phantom.py --demo
+    python -m lab.phantom --demo
     python finetune.py configs/demo_classification.py --init=runs/demo/encoder.pt
     python evaluate.py configs/demo_classification.py
 """

@@ -1,6 +1,6 @@
 """Demo of reconstruction: full-dose from low-dose synthetic PET (a 50th of the counts).
 
-    python phantom.py --demo --modality=pet
+    python -m lab.phantom --demo --modality=pet
     python finetune.py configs/demo_reconstruction.py
     python evaluate.py configs/demo_reconstruction.py
 """

@@ -1,6 +1,6 @@
 """Demo of translation: T2 from T1 of synthetic MRI.
 
-    python phantom.py --demo --modality=mri
+    python -m lab.phantom --demo --modality=mri
     python finetune.py configs/demo_translation.py
     python evaluate.py configs/demo_translation.py
 """

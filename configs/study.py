@@ -1,7 +1,7 @@
 """The study: what each loss, and each choice that the paper leaves open, is worth on synthetic abdomens (Tables 7 and 8).
 
-    python phantom.py --demo
-    python evaluate.py configs/study.py --study
+    python -m lab.phantom --demo
+    python -m lab.study configs/study.py
 
 Every row and seed is an ordinary run of configs/demo.py with the keys below; started again it goes on where it stopped.
 """

@@ -1,6 +1,6 @@
 """The study in small on real CT: tumour against all else in the scan, air too, on patients that pre-training has not seen.
 
-    S2DC_DATA=$S2DC_REAL_DATA python evaluate.py configs/study_ct.py --study
+    S2DC_DATA=$S2DC_REAL_DATA python -m lab.study configs/study_ct.py
 
 Six scans without their labels: abdomen, chest, head, liver and two sarcomas of the limbs. The probe learns on the two sarcomas and
 is tested on a third patient.

@@ -1,6 +1,6 @@
 """The study in small on real MRI: tumour against all else in the scan, air too, on patients that pre-training has not seen.
 
-    S2DC_DATA=$S2DC_REAL_DATA python evaluate.py configs/study_mri.py --study
+    S2DC_DATA=$S2DC_REAL_DATA python -m lab.study configs/study_mri.py
 
 Fifteen scans without their labels: heads, spines, a thigh and four sarcomas of the limbs. The probe learns on two of them and is
 tested on two other patients.

@@ -1,6 +1,6 @@
 """The study in small on real PET: tumour against all else in the scan, air too, on patients that pre-training has not seen.
 
-    S2DC_DATA=$S2DC_REAL_DATA python evaluate.py configs/study_pet.py --study
+    S2DC_DATA=$S2DC_REAL_DATA python -m lab.study configs/study_pet.py
 
 Six scans without their labels: two brain templates, a whole body and three sarcomas of the limbs. The probe learns on these four
 patients and is tested on three others.

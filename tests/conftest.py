@@ -21,8 +21,8 @@ import configs
 import data
 import finetune
 import tasks
+from lab.phantom import phantom
 from model import Swin3D
-from phantom import phantom
 from run import save
 
 if "PYTEST_XDIST_WORKER" in os.environ:

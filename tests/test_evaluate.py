@@ -1,7 +1,6 @@
 """evaluate.py: probes, pictures, and what it writes of networks that were never trained."""
 import csv
 import dataclasses
-import itertools
 import json
 import os
 from pathlib import Path
@@ -24,7 +23,7 @@ from conftest import (
 from scipy import ndimage
 
 import data
-import evaluate as ev
+import evaluate
 import finetune
 import run
 import tasks
@@ -48,103 +47,13 @@ def blobs(shape, classes, seed):
 # 4. probes
 
 
-def test_token_labels_by_brute_force():
-    labels = blobs((12, 8, 10), 5, 2) * 7                                 # ids with gaps
-    labels[:4, :4, :5], labels[0, 0, 0] = 0, 28                           # one voxel of 80: below the share
-    ids, purity = ev.token_labels(labels, (4, 4, 5), share=0.1)
-    token = 0
-    for x, y, z in itertools.product(range(3), range(2), range(2)):       # x slowest
-        patch = labels[4 * x:4 * x + 4, 4 * y:4 * y + 4, 5 * z:5 * z + 5].ravel().tolist()
-        organs = sorted({v for v in patch if v}, key=lambda v: (-patch.count(v), v))
-        expected = organs[0] if organs and patch.count(organs[0]) >= 8 else 0
-        assert ids[token] == expected and purity[token] == patch.count(expected) / 80
-        token += 1
-    assert token == len(ids) and ids[0] == 0 and len(set(ids)) > 2
-    tiny = np.zeros((8, 8, 8), int)
-    tiny[:4, :5, :5] = 3                                                  # 100 of 512 voxels
-    assert ev.token_labels(tiny, 8)[0].tolist() == [3] and ev.token_labels(tiny, 8, share=0.2)[0].tolist() == [0]
-    assert ev.token_labels(tiny, 8, share=100 / 512)[0].tolist() == [3]   # the share itself is enough
-    for bad in (np.zeros((8, 8, 9), int), np.zeros((8, 8, 8))):
-        with pytest.raises(ValueError, match="token_labels"):
-            ev.token_labels(bad, 8)
-
-
-def features(seed, centres, count):
-    """Gaussian clouds, class i of count[i] tokens around centres[i]."""
-    y = np.repeat(np.arange(len(count)) + 1, count)
-    return centres[y - 1] + rng(seed).normal(size=(len(y), centres.shape[1])), y
-
-
-def test_probes_read_separable_features_and_no_others():
-    pytest.importorskip("sklearn")
-    centres, count = rng(9).normal(size=(4, 16)) * 6, (300, 60, 30, 25)
-    train, test = features(0, centres, count), features(1, centres, count)
-    blind_train, blind_test = features(2, centres * 0, count), features(3, centres * 0, count)
-    for probe in (ev.linear_probe, ev.knn_probe):
-        good, bad = probe(*train, *test), probe(*blind_train, *blind_test)
-        assert good["balanced_accuracy"] > 0.97 and list(good["recall"]) == [1, 2, 3, 4]
-        assert bad["balanced_accuracy"] < 0.4                             # a quarter is chance, whatever the class sizes
-        drawn = [probe(*blind_train, *blind_test, seed=seed, limit=24) for seed in (1, 1, 2)]
-        assert drawn[0] == drawn[1] != drawn[2]                           # the seed alone chooses the tokens
-        fewer = probe(train[0][train[1] != 4], train[1][train[1] != 4], *test)
-        assert fewer["untrained"] == [4] and list(fewer["recall"]) == [1, 2, 3]
-    scaled = [a * np.logspace(-4, 4, 16) + 1e3 for a in (train[0], test[0])]         # standardised away
-    assert ev.linear_probe(scaled[0], train[1], scaled[1], test[1])["balanced_accuracy"] > 0.97
-    longer = ev.knn_probe(train[0] * rng(5).uniform(0.1, 9, (415, 1)), train[1], *test)      # cosine: length is nothing
-    assert longer == ev.knn_probe(*train, *test)
-
-
-def test_linear_probe_weighs_classes_alike():
-    pytest.importorskip("sklearn")
-    centres = np.array([[0.0, 0], [1.5, 0]])                              # overlapping, 40 to 1
-    found = ev.linear_probe(*features(0, centres, (800, 20)), *features(1, centres, (800, 200)))
-    assert abs(found["recall"][1] - found["recall"][2]) < 0.2 and found["recall"][2] > 0.6
-
-
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_silhouette_by_hand(metric):
-    pytest.importorskip("sklearn")
-    x, y = features(4, rng(8).normal(size=(3, 5)) * 2, (6, 5, 4))
-    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
-    distance = 1 - unit @ unit.T if metric == "cosine" else np.linalg.norm(x[:, None] - x[None], axis=-1)
-    values = []
-    for i in range(len(x)):
-        own = distance[i, (y == y[i]) & (np.arange(len(x)) != i)].mean()
-        other = min(distance[i, y == c].mean() for c in (1, 2, 3) if c != y[i])
-        values.append((other - own) / max(own, other))
-    mean, per_class = ev.silhouette(x, y, metric)
-    np.testing.assert_allclose(mean, np.mean(values), rtol=1e-9)
-    for c in (1, 2, 3):
-        np.testing.assert_allclose(per_class[c], np.mean(np.array(values)[y == c]), rtol=1e-9)
-    for bad in (dict(metric="manhattan"), dict(y=np.ones(15))):
-        with pytest.raises(ValueError, match="silhouette"):
-            ev.silhouette(**dict(x=x, y=y, metric=metric) | bad)
-
-
-def test_effective_rank_in_closed_form():
-    basis = np.linalg.qr(rng().normal(size=(50, 6)) - 0)[0]
-    basis = np.linalg.qr(basis - basis.mean(0))[0]                        # orthonormal columns of mean 0
-    turn = np.linalg.qr(rng(1).normal(size=(6, 6)))[0]
-    for values in ([1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [8, 4, 2, 1, 1, 0]):
-        share = np.array([v for v in values if v]) / sum(values)
-        found = ev.effective_rank(basis * values @ turn.T + 7.0)          # an offset is centred away
-        np.testing.assert_allclose(found, np.exp(-(share * np.log(share)).sum()), rtol=1e-6)
-    assert ev.effective_rank(np.ones((9, 4)) * 3.3) == 0
-
-
-def test_missing_package_is_one_line(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "sklearn.metrics", None)
-    with pytest.raises(ImportError, match="scikit-learn is not installed.*pip install"):
-        ev.silhouette(np.eye(4), [0, 0, 1, 1])
-
-
 # 5. pictures
 
 
 def test_pictures_keep_left_and_right():
     volume = np.zeros((5, 6, 7))
     volume[4, 0, 0], volume[0, 5, 0], volume[0, 0, 6] = 1, 2, 3           # right, front, head ends
-    cuts = {plane[0]: ev._cut(plane, (0, 0, 0), volume)[0] for plane in ev.PLANES}
+    cuts = {plane[0]: evaluate.slice_through(plane, (0, 0, 0), volume)[0] for plane in evaluate.PLANES}
     assert cuts["axial"].shape == (6, 5) and cuts["axial"][0, 0] == 1     # right of the patient: left; row 0 is the lower edge
     assert cuts["axial"][5, 4] == 2 and cuts["coronal"][6, 4] == 3 and cuts["coronal"][0, 0] == 1
     assert cuts["sagittal"][0, 0] == 2 and cuts["sagittal"][6, 5] == 3    # front on the left, head on top
@@ -154,8 +63,8 @@ def test_contact_sheet_cuts_the_largest_object():
     truth = np.zeros((20, 21, 22), int)
     truth[2:5, 2:5, 2:5], truth[10:18, 9:14, 6], truth[12, 10:12, 3:9] = 1, 2, 2
     truth[:, :, 20][np.indices((20, 21)).sum(0) % 2 == 0] = 2             # more voxels of its class, none beside another
-    assert ev._show_where(truth, truth * 0) == [12, 10, 6]
-    assert ev._show_where(truth * 0, truth) == [12, 10, 6] and ev._show_where(truth * 0, truth * 0) == [10, 10, 11]
+    assert evaluate._show_where(truth, truth * 0) == [12, 10, 6]
+    assert evaluate._show_where(truth * 0, truth) == [12, 10, 6] and evaluate._show_where(truth * 0, truth * 0) == [10, 10, 11]
 
 
 def test_contact_sheet_is_drawn(tmp_path):
@@ -173,7 +82,7 @@ def test_contact_sheet_is_drawn(tmp_path):
         voxels = truth + rng().normal(size=truth.shape)
     pairs = dict(both=(truth, np.roll(truth, 2, 0)), none=(truth * 0, truth * 0), false=(truth * 0, truth), exact=(truth, truth))
     for name, (a, b) in pairs.items():
-        ev.contact_sheet(tmp_path / f"{name}.png", voxels, a, b, spacing, name)
+        evaluate.contact_sheet(tmp_path / f"{name}.png", voxels, a, b, spacing, name)
     seen = {file.stem: np.asarray(image.open(file).convert("RGB")).astype(int) for file in tmp_path.glob("*.png")}
     coloured = {name: (np.ptp(picture, axis=2) > 40).mean() for name, picture in seen.items()}
     assert all(picture.shape[1] == 1320 for picture in seen.values())
@@ -181,7 +90,7 @@ def test_contact_sheet_is_drawn(tmp_path):
     strong = {name: (np.ptp(picture, axis=2) > 140).mean() for name, picture in seen.items()}              # of full colour: lines, legend
     assert strong["exact"] > 2 * strong["false"]
     with pytest.raises(ValueError, match="contact_sheet"):
-        ev.contact_sheet(tmp_path / "x.png", voxels, truth[1:], truth, spacing, "x")
+        evaluate.contact_sheet(tmp_path / "x.png", voxels, truth[1:], truth, spacing, "x")
 
 
 def test_image_sheet_names_its_columns_and_shows_their_scales(monkeypatch):
@@ -189,7 +98,7 @@ def test_image_sheet_names_its_columns_and_shows_their_scales(monkeypatch):
     kept = []
     monkeypatch.setattr(figures.Figure, "savefig", lambda self, *_, **__: kept.append(self))
     target = np.random.default_rng(0).normal(size=(9, 8, 7))
-    ev.image_sheet("sheet.png", target + 1, target, target * 2, (1, 1, 2), "case")
+    evaluate.image_sheet("sheet.png", target + 1, target, target * 2, (1, 1, 2), "case")
     titles = [axis.get_title() for axis in kept[0].axes]
     assert titles[:4] == ["input, axial", "target, axial", "prediction, axial", "prediction - target, axial"]
     assert titles[4:12] == ["coronal"] * 4 + ["sagittal"] * 4 and len(titles) == 16         # four colour bars
@@ -218,7 +127,7 @@ def judged(abdomens, monkeypatch, capsys, tmp_path):
     cfg = settings("demo_segmentation", **DEMO)
     networks = [checkpoint_file(tmp_path / f"{name}.pt", cfg, seed) for seed, name in enumerate("ab")]
     run = lambda config="demo_segmentation", root=abdomens, **keys: here(
-        monkeypatch, capsys, tmp_path, root, ev.main, config, *flags(**(DEMO if config == "demo_segmentation" else KINDS) | keys))
+        monkeypatch, capsys, tmp_path, root, evaluate.main, config, *flags(**(DEMO if config == "demo_segmentation" else KINDS) | keys))
     run.networks, run.folder = networks, tmp_path
     return run
 
@@ -319,9 +228,9 @@ def test_regions_in_another_order_are_refused_and_preprocessing_is_compared(tmp_
     cfg = settings("brats21", **NETWORK)
     checkpoint_file(tmp_path / "r.pt", cfg, 0)
     with pytest.raises(SystemExit, match="r.pt: trained with regions = {'TC': "):
-        ev.restore(tmp_path / "r.pt", dataclasses.replace(cfg, regions=dict(reversed(cfg.regions.items()))), torch.device("cpu"))
+        evaluate.restore(tmp_path / "r.pt", dataclasses.replace(cfg, regions=dict(reversed(cfg.regions.items()))), torch.device("cpu"))
     capsys.readouterr()
-    ev.restore(tmp_path / "r.pt", cfg, torch.device("cpu"))
+    evaluate.restore(tmp_path / "r.pt", cfg, torch.device("cpu"))
     assert "differs" not in capsys.readouterr().out
-    ev.restore(tmp_path / "r.pt", dataclasses.replace(cfg, spacing=(2.0, 2.0, 2.0)), torch.device("cpu"))
+    evaluate.restore(tmp_path / "r.pt", dataclasses.replace(cfg, spacing=(2.0, 2.0, 2.0)), torch.device("cpu"))
     assert "r.pt: preprocessing differs: spacing was () in training, is (2.0, 2.0, 2.0) here" in capsys.readouterr().out

@@ -24,8 +24,8 @@ import torch
 import configs
 import data
 import losses
-import phantom
 import pretrain
+from lab import phantom
 from model import Swin3D, load_weights
 
 HERE = Path(pretrain.__file__).parent

@@ -12,7 +12,7 @@ from conftest import CCII, NETWORK, SMALL, lay_cc_ccii, nifti, perfect, settings
 from einops import rearrange
 
 import data
-import evaluate as ev
+import evaluate
 import finetune
 import tasks
 from model import SwinUNETR
@@ -343,7 +343,7 @@ def test_a_perfect_prediction_scores_1_on_both_grids_and_is_the_label_file(organ
         scores = tasks.score_segmentation(ready, scan, cfg, full=True)
         for grid in ("preprocessed", "original"):
             assert list(scores[grid]["dice"].values()) == [1.0] * 14 and list(scores[grid]["hd95"].values()) == [0.0] * 14
-        ev.write_prediction(tmp_path, scan, ready, dataclasses.replace(cfg, probabilities=True))
+        evaluate.write_prediction(tmp_path, scan, ready, dataclasses.replace(cfg, probabilities=True))
         written, truth = nib.load(tmp_path / f"{scan.id}.nii.gz"), nib.load(scan.case["label"])
         np.testing.assert_array_equal(np.asarray(written.dataobj), np.asarray(truth.dataobj))
         np.testing.assert_array_equal(written.affine, truth.affine)
@@ -385,10 +385,10 @@ def test_regions_overlap_and_are_painted_so_that_none_is_lost(scans, tmp_path):
     assert [int(mask.sum()) for mask in ready] == [64, 384, 8]          # TC, WT, ET
     scores = tasks.score_segmentation(ready, scan, cfg, full=True)
     assert all(list(scores[grid]["dice"].values()) == [1.0] * 4 for grid in scores)
-    ev.write_prediction(tmp_path, scan, ready, cfg)
+    evaluate.write_prediction(tmp_path, scan, ready, cfg)
     np.testing.assert_array_equal(nib.load(tmp_path / "0.nii.gz").get_fdata(), label)
     reverse = dataclasses.replace(cfg, regions=dict(reversed(cfg.regions.items())))
-    np.testing.assert_array_equal(ev.painted(tasks.masks_of(torch.from_numpy(label.astype(int)), reverse), reverse), label)
+    np.testing.assert_array_equal(evaluate.painted(tasks.masks_of(torch.from_numpy(label.astype(int)), reverse), reverse), label)
 
 
 def test_summary_is_the_mean_over_cases_with_its_bootstrap_interval():
@@ -509,7 +509,7 @@ def test_pasted_tissue_and_input_by_closed_form(pair, reach):
 
 def test_a_predicted_image_is_written_in_the_unit_of_the_file(pair, tmp_path):
     scan, cfg, truth, _ = pair
-    ev.write_prediction(tmp_path / "out", scan, truth, cfg)
+    evaluate.write_prediction(tmp_path / "out", scan, truth, cfg)
     written, source = nib.load(tmp_path / "out/1.nii.gz"), nib.load(tmp_path / "1_b.nii.gz")
     np.testing.assert_allclose(written.get_fdata(), source.get_fdata(), atol=0.01)     # 2 bytes a voxel between
     assert written.get_data_dtype() == np.float32 and np.array_equal(written.affine, source.affine)

@@ -13,13 +13,18 @@ from einops import rearrange
 
 import configs
 import data
-import evaluate as ev
+import evaluate
 import tasks
+from lab import figures, probe
 from model import Swin3D
 from run import save
 
 pytest.importorskip("matplotlib")
+
+
 SMALL = dict(feature_size=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), window_size=2)
+
+
 SHAPE, SPACING, P = (64, 60, 56), (2.0, 2.5, 3.0), 8                      # 60 voxels: half a patch is left over
 
 
@@ -63,7 +68,7 @@ def load(folder, *argv):
 
 def draw(folder, names, *argv, out="other"):
     """What one call of the command wrote: JSON file -> content."""
-    ev.main([str(folder / "x.py"), f"--figures={names}", f"--out={folder}/{out}", *argv])
+    figures.main([str(folder / "x.py"), f"--figures={names}", f"--out={folder}/{out}", *argv])
     return lambda name: json.loads((folder / f"{out}/figures/{name}.json").read_text())
 
 
@@ -75,7 +80,7 @@ def drawn(folder):
 
 @pytest.fixture(scope="module")
 def shown(folder):
-    return ev.Shown(load(folder, f"--checkpoint=('random', '{folder}/runs/tiny/encoder.pt')"), torch.device("cpu"))
+    return figures.Shown(load(folder, f"--checkpoint=('random', '{folder}/runs/tiny/encoder.pt')"), torch.device("cpu"))
 
 
 def flat(tokens):
@@ -125,7 +130,7 @@ def test_a_query_per_organ_lies_in_its_purest_patch(drawn, folder):
 
 
 def test_a_purer_patch_goes_before_one_nearer_to_the_middle(folder):
-    shown = ev.Shown(load(folder), torch.device("cpu"))
+    shown = figures.Shown(load(folder), torch.device("cpu"))
     ids, purity = np.zeros((8, 7, 7), int), np.zeros((8, 7, 7))
     ids[1:6, 3, 3], purity[1:6, 3, 3] = 1, (0.9, 0.4, 0.6, 0.9, 0.5)      # its middle is cell 3
     shown.organs = ids.ravel(), purity.ravel()
@@ -172,15 +177,15 @@ def test_distribution_is_the_sharpe_ratio_in_closed_form(drawn, shown, folder):
 
 
 def test_distribution_of_a_label_that_holds_air_shows_tissue(folder, tmp_path):
-    shown = ev.Shown(load(folder), torch.device("cpu"))
-    ev.draw_distribution(shown, tmp_path)
+    shown = figures.Shown(load(folder), torch.device("cpu"))
+    figures.draw_distribution(shown, tmp_path)
     (ratio,) = json.loads((tmp_path / "distribution.json").read_text())["sharpe_ratio"].values()
     ratio, matched = np.ravel(ratio), np.isin(np.arange(8 * 7 * 7), shown.pair["matches"][:, 0])
     air = ~tissue(shown) & matched
     inside = tissue(shown) & matched & (ratio > ratio[air].min()) & (ratio < ratio[air].max())
     assert len(np.unique(ratio[inside])) > 9
     shown.organs = (air | inside).astype(int), np.ones(8 * 7 * 7)         # both extremes of this label lie in air
-    ev.draw_distribution(shown, tmp_path)
+    figures.draw_distribution(shown, tmp_path)
     chosen = json.loads((tmp_path / "distribution.json").read_text())["chosen"]
     assert [ratio[n["token"]] for n in chosen] == [ratio[inside].max(), ratio[inside].min()]
 
@@ -188,10 +193,10 @@ def test_distribution_of_a_label_that_holds_air_shows_tissue(folder, tmp_path):
 def test_tsne_silhouettes_equal_scikit_learn(drawn, folder, shown):
     witness = pytest.importorskip("sklearn.metrics")
     checkpoints, read = drawn
-    scans = ev.probe_scans(shown.cfg)
+    scans = probe.probe_scans(shown.cfg)
     for f in checkpoints:
         number = read("tsne")["encoders"][f]
-        x, y, _ = ev.organ_tokens(shown.encoder(f), scans, shown.cfg, "cpu", 0.5)
+        x, y, _ = probe.organ_tokens(shown.encoder(f), scans, shown.cfg, "cpu", 0.5)
         for metric in ("euclidean", "cosine"):
             assert number["silhouette"][metric]["mean"] == pytest.approx(witness.silhouette_score(x, y, metric=metric), abs=1e-5)
             each = witness.silhouette_samples(x, y, metric=metric)
@@ -232,14 +237,14 @@ def test_correspondence_lines_are_the_matches_of_h(drawn, shown):
     torch.testing.assert_close(pair["V'"], V_, rtol=0, atol=1e-4)         # V' is V moved by the H that the file states
     f = drawn[0][1]
     for volume, moved in ((V, False), (V_, True)):
-        torch.testing.assert_close(shown.tokens(f, moved), ev.encode(shown.encoder(f), volume, (64,) * 3, P, "cpu", 0.5), rtol=0, atol=5e-3)
+        torch.testing.assert_close(shown.tokens(f, moved), probe.encode(shown.encoder(f), volume, (64,) * 3, P, "cpu", 0.5), rtol=0, atol=5e-3)
 
 
 def test_lines_start_in_tissue_and_are_dashed_where_wrong(drawn, shown, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     rows = []
-    monkeypatch.setattr(ev, "draw_lines", lambda figure, both, shown, *row: rows.append(row))
-    ev.draw_correspondence(shown, tmp_path)
+    monkeypatch.setattr(figures, "draw_lines", lambda figure, both, shown, *row: rows.append(row))
+    figures.draw_correspondence(shown, tmp_path)
     content = json.loads((tmp_path / "correspondence.json").read_text())
     M, i = data.correspondence(torch.tensor(content["H"]), shown.grid, P).numpy(), np.array(content["i"])
     V = shown.pair["V"][0].numpy()
@@ -255,7 +260,7 @@ def test_lines_start_in_tissue_and_are_dashed_where_wrong(drawn, shown, tmp_path
 
 def test_no_patch_outside_the_scan_is_called_most_similar(folder):
     far = ("--checkpoint=random", "--rotation=(0, 0, 40)", "--shift=(20, 20, 12)")
-    content, shown = draw(folder, "correspondence", *far)("correspondence"), ev.Shown(load(folder, *far), "cpu")
+    content, shown = draw(folder, "correspondence", *far)("correspondence"), figures.Shown(load(folder, *far), "cpu")
     M = data.correspondence(torch.tensor(content["H"]), shown.grid, P).numpy() & shown.pair["valid_"].numpy()
     sim = cosine(flat(shown.tokens("random")), flat(shown.tokens("random", True)))
     rows, masked = np.flatnonzero(M.any(1)), np.where(shown.pair["valid_"].numpy(), sim, -2)
@@ -268,8 +273,8 @@ def test_lines_join_the_centres_of_patches(shown):
     figure = pytest.importorskip("matplotlib.figure").Figure()
     both = figure.subplots(1, 2)
     (a, b, c), H = shown.centres[[10, 100, 120]], shown.pair["H"]
-    ev.draw_lines(figure, both, shown, [a, b], [b, c], [b, b], [True, False])
-    ev.draw_lines(figure, both, shown, [a], [b], [b], None)
+    figures.draw_lines(figure, both, shown, [a, b], [b, c], [b, b], [True, False])
+    figures.draw_lines(figure, both, shown, [a], [b], [b], None)
     def on(point):                                                        # the patient's right comes on the left
         return pytest.approx((63 - point[0], point[1]))
     assert [line.xy1 for line in figure.artists] == [on(a), on(b), on(a)] and [line.xy2 for line in figure.artists] == [on(b), on(c), on(b)]
@@ -287,7 +292,7 @@ def test_surface_shows_the_same_tissue_at_both_ends_of_a_line():
     V = torch.from_numpy(np.sin(x / 7) + np.cos(y / 9 + z / 6)).float()[None, None]
     H = data.random_affine(np.random.default_rng(3), (23.5, 19.5, 21.5), (25, 25, 30), (0.9, 1.1), 0.05, (4, 4, 3))
     V_ = data.warp(V, H[None], (48, 40, 44))[0, 0].numpy()
-    left, right = ev.surface(V[0, 0].numpy(), np.eye(4), 20.0), ev.surface(V_, np.linalg.inv(H.numpy()), 20.0)
+    left, right = figures.surface(V[0, 0].numpy(), np.eye(4), 20.0), figures.surface(V_, np.linalg.inv(H.numpy()), 20.0)
     points = np.array([(x, y, 20.0) for x in range(14, 34, 3) for y in range(12, 28, 3)])
     moved = data.transform(H, torch.from_numpy(points)).numpy()
     assert np.ptp(moved[:, 2]) > 4                                        # the plane leaves the axial slices
@@ -310,7 +315,7 @@ def test_a_token_is_drawn_over_the_voxels_of_its_patch(shown, row):
     pictures = []
     for volume in (tokens, voxels):
         axes = figure.add_subplot()
-        drawn = ev.draw_plane(axes, shown, ev.PLANES[row], point, volume, dict(cmap="gray", vmin=0, vmax=1), None, True)
+        drawn = figures.draw_plane(axes, shown, evaluate.PLANES[row], point, volume, dict(cmap="gray", vmin=0, vmax=1), None, True)
         left, right, bottom, top = drawn.get_extent()
         array = np.asarray(drawn.get_array())
         up, across = np.nonzero(array)
@@ -350,32 +355,9 @@ def test_pictures_do_not_change_from_call_to_call(folder):
     assert first == (draw(folder, *argv) and [(folder / name).read_bytes() for name in names])
 
 
-@pytest.mark.parametrize("size, crop, overlap, patch", [((96, 64, 70), 64, 0.5, 8), ((130, 64, 64), 64, 0.25, 16), ((64, 64, 64), 64, 0.5, 8)])
-def test_overlapping_crops_give_the_most_central_token(size, crop, overlap, patch):
-    seen = []
-    def encoder(x):                                                       # tells every token which crop it comes from and where it lies in it
-        seen.append(x.clone())
-        grid = torch.meshgrid(*[torch.arange(s // patch).float() for s in x.shape[2:]], indexing="ij")
-        at = x[0, :, patch // 2::patch, patch // 2::patch, patch // 2::patch]
-        return [None] * (int(np.log2(patch)) - 1) + [torch.cat([torch.stack(grid), at])[None]]
-    volume = torch.stack(torch.meshgrid(*[torch.arange(s).float() for s in size], indexing="ij"))
-    found = ev.encode(encoder, volume, (crop,) * 3, patch, "cpu", overlap)
-    assert tuple(found.shape[1:]) == tuple(s // patch for s in size)
-    for axis, s in enumerate(size):
-        padded, n = max(crop, -(-s // 32) * 32), crop // patch
-        step = int(crop * (1 - overlap)) // patch * patch
-        starts = sorted({*range(0, padded - crop + 1, step), padded - crop})
-        for t in range(s // patch):
-            depths = [min(t - a // patch, n - 1 - (t - a // patch)) for a in starts]
-            index = found[axis].select(axis, t).unique()
-            assert len(index) == 1 and min(index.item(), n - 1 - index.item()) == max(depths)
-        place = rearrange(found[3 + axis], ("x y z -> x (y z)", "x y z -> y (x z)", "x y z -> z (x y)")[axis])
-        assert (place == torch.arange(s // patch)[:, None] * patch + patch // 2).all()     # and it shows its own voxels
-
-
 def refusal(folder, *argv):
     with pytest.raises(SystemExit) as caught:
-        ev.main([str(folder / "x.py"), f"--out={folder}/refused", "--checkpoint=random", *argv])
+        figures.main([str(folder / "x.py"), f"--out={folder}/refused", "--checkpoint=random", *argv])
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -396,7 +378,7 @@ def test_refusals(folder, argv, text):
 
 
 def test_all_leaves_out_what_cannot_be_made_and_says_why(folder, tmp_path, capsys):
-    ev.main([str(folder / "x.py"), "--figures=all", f"--out={tmp_path}", "--checkpoint=random", "--label=", "--runs=nowhere"])
+    figures.main([str(folder / "x.py"), "--figures=all", f"--out={tmp_path}", "--checkpoint=random", "--label=", "--runs=nowhere"])
     said = capsys.readouterr().out
     assert "tsne: left out, the scans have no labels" in said and "evolution: left out" in said and "curves: left out" in said
     assert "the point shown is the middle of the scan" in said
@@ -409,7 +391,7 @@ def test_z_scored_scans_and_two_checkpoints_of_one_name(folder, tmp_path):
     (tmp_path / "runs/tiny").mkdir(parents=True)
     (tmp_path / "runs/tiny/encoder.pt").write_bytes((folder / "runs/tiny/encoder-5.pt").read_bytes())
     files = (f"{folder}/runs/tiny/encoder.pt", f"{tmp_path}/runs/tiny/encoder.pt")
-    shown = ev.Shown(dataclasses.replace(load(folder), checkpoint=files), "cpu")
+    shown = figures.Shown(dataclasses.replace(load(folder), checkpoint=files), "cpu")
     assert list(shown.heads.values()) == list(files)                      # both would be called tiny
     content = draw(folder, "similarity", "--intensity=zscore", f"--checkpoint={files}", "--query=(20, 30, 28)")("similarity")
     assert list(content["queries"][0]["maps"]) == list(files)
@@ -419,17 +401,17 @@ def test_probe_command_scores_the_second_scan_by_the_first(folder, capsys):
     """Neighbours, found patches and the table, written out with loops over the tokens of the encoder's own maps."""
     pytest.importorskip("sklearn")
     path = f"{folder}/runs/tiny/encoder.pt"
-    ev.main([str(folder / "x.py"), "--probe=True", "--slab=(64, 64, 64)", "--probe_limit=5000", f"--checkpoint={path}", f"--out={folder}/probed"])
+    probe.main([str(folder / "x.py"), "--slab=(64, 64, 64)", "--probe_limit=5000", f"--checkpoint={path}", f"--out={folder}/probed"])
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     found = json.loads((folder / "probed/probe.json").read_text())["probe"]
     assert list(found) == ["random", path]                                # random weights first
     cfg = load(folder, "--slab=(64, 64, 64)")
-    scans, sets = ev.probe_scans(cfg), []
+    scans, sets = probe.probe_scans(cfg), []
     assert [scan.id for scan in scans] == ["0", "1"]
     for scan in scans:
         volume = np.pad(scan.open()[0].astype(np.float32), [(0, 64 - s) for s in scan.shape], constant_values=scan.open().min())
         with torch.no_grad():
-            maps = ev.load_encoder(path, cfg, "cpu")(torch.from_numpy(volume)[None, None])[2][0].double().numpy()
+            maps = probe.load_encoder(path, cfg, "cpu")(torch.from_numpy(volume)[None, None])[2][0].double().numpy()
         label, cells = scan.open("label")[0], itertools.product(*[range(s // P) for s in scan.shape])
         tokens = []
         for i, j, k in cells:
@@ -449,7 +431,7 @@ def test_probe_command_scores_the_second_scan_by_the_first(folder, capsys):
     batch = data.collate([data.Slabs(scans[1:], cfg, 1, cfg.seed).sample(scans[1], np.random.default_rng((cfg.seed, 0)))])
     V, V_, _ = data.views(batch, cfg)
     with torch.no_grad():
-        q, k = (flat(ev.load_encoder(path, cfg, "cpu")(view)[2][0]) for view in (V, V_))
+        q, k = (flat(probe.load_encoder(path, cfg, "cpu")(view)[2][0]) for view in (V, V_))
     inside = [mask[0].numpy() for mask in data.tokens_inside(batch, (8, 8, 8), P)]
     M = data.correspondence(batch["H"][0], (8, 8, 8), P).numpy() & inside[0][:, None] & inside[1]
     nearest = np.where(inside[1], cosine(q, k), -2).argmax(1)

@@ -1,9 +1,9 @@
 """Speed and memory, two things compared in one run, interleaved, as ratios with their spread. Nothing here is a test.
 
-    python bench.py sliding      sliding_window against MONAI's, 512 x 512 x 300 voxels (needs monai)
-    python bench.py step         one pre-training step of the paper's size, with and without torch.compile (needs a GPU)
-    python bench.py tokens       L_p2p + L_p2s for 27,648 tokens, forward and backward, time and peak memory
-    python bench.py data         slabs per second that the loader cuts from a cache, by number of workers
+    python -m lab.bench sliding      sliding_window against MONAI's, 512 x 512 x 300 voxels (needs monai)
+    python -m lab.bench step         one pre-training step of the paper's size, with and without torch.compile (needs a GPU)
+    python -m lab.bench tokens       L_p2p + L_p2s for 27,648 tokens, forward and backward, time and peak memory
+    python -m lab.bench data         slabs per second that the loader cuts from a cache, by number of workers
 """
 import resource
 import statistics
@@ -111,7 +111,7 @@ def tokens(t=(48, 48, 12), c=64):
 def step(rounds=20):
     """The paper's setting: slab 384 x 384 x 96, 16 crops, feature 48, v2, bfloat16."""
     if not torch.cuda.is_available():
-        raise SystemExit("bench.py step needs a GPU")
+        raise SystemExit("lab.bench step needs a GPU")
     with tempfile.TemporaryDirectory() as folder:
         write_scans(Path(folder), 4)
         for compiled in (False, True):
@@ -119,7 +119,7 @@ def step(rounds=20):
                        "--exclude=()", f"--cache={folder}/cache", f"--runs={folder}/runs", f"--compile={compiled}", f"--steps={3 * rounds}",
                        f"--log_every={rounds}", f"--save_every={3 * rounds}", "--workers=8", *sys.argv[2:]]
             print(f"pretrain.py, compile={compiled}", flush=True)
-            subprocess.run(command, cwd=Path(__file__).resolve().parent, check=True)
+            subprocess.run(command, cwd=Path(__file__).resolve().parents[1], check=True)
 
 
 def write_scans(folder, count, shape=(512, 512, 200)):

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from scipy import ndimage, stats
 
-import phantom as ph
-from phantom import ID, phantom, write
+from lab import phantom as ph
+from lab.phantom import ID, phantom, write
 
-PROGRAM = Path(ph.__file__)
+PROGRAM = [sys.executable, "-m", "lab.phantom"]
+ROOT = Path(ph.__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -344,8 +345,8 @@ def test_an_interrupted_file_has_no_name(tmp_path, monkeypatch):
 
 
 def test_killed_and_started_again_ends_as_if_uninterrupted(tmp_path):
-    command = [sys.executable, str(PROGRAM), str(tmp_path / "killed"), "--subjects=12", "--size=32"]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = [*PROGRAM, str(tmp_path / "killed"), "--subjects=12", "--size=32"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert run.stdout.readline().startswith("phantom_000")
     time.sleep(0.05)
     run.send_signal(signal.SIGKILL)
@@ -355,7 +356,7 @@ def test_killed_and_started_again_ends_as_if_uninterrupted(tmp_path):
     for path in left:
         gzip.decompress(path.read_bytes())                         # raises on a torn stream
         assert nib.load(path).get_fdata().shape == (32, 32, 32)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
     whole = write(tmp_path / "whole", range(12), size=32)
     for path in whole.rglob("*.nii.gz"):
         assert path.read_bytes() == (tmp_path / "killed" / path.relative_to(whole)).read_bytes()
@@ -363,7 +364,7 @@ def test_killed_and_started_again_ends_as_if_uninterrupted(tmp_path):
 
 def test_program_says_what_it_does_and_refuses_in_one_line(tmp_path):
     def program(*arguments):
-        return subprocess.run([sys.executable, str(PROGRAM), str(tmp_path), *arguments], capture_output=True, text=True,
+        return subprocess.run([*PROGRAM, str(tmp_path), *arguments], capture_output=True, text=True, cwd=ROOT,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
     out = program("--subjects=2", "--first=7", "--modality=pet", "--size", "24", "16", "20").stdout.splitlines()
     assert out[0].startswith("phantom_007  pet  class") and out[-1].startswith(f"{tmp_path}: 2 subjects") and "MB" in out[-1]

@@ -1,6 +1,6 @@
 """Synthetic abdomens as CT, MRI or PET with labels, for the demo, the tests and the studies; no patient is in them.
 
-    python phantom.py data/phantom --subjects=24 --modality=ct --size=96
+    python -m lab.phantom data/phantom --subjects=24 --modality=ct --size=96
 
 A subject is drawn in millimetres: some sixty bodies (ellipsoids, tubes, level sets of random fields) in one anatomical
 frame, moved by a pose and a smooth random displacement and painted one over the other with soft edges. The anatomy follows
@@ -561,4 +561,4 @@ if __name__ == "__main__":
             write(args.folder, range(args.first, args.first + args.subjects), args.modality,
                   args.size[0] if len(args.size) == 1 else args.size, workers=args.workers)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"phantom.py: {error}") from None
+        raise SystemExit(f"lab.phantom: {error}") from None

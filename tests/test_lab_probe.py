@@ -1,0 +1,137 @@
+"""lab/probe.py against scikit-learn, closed forms and brute force, and the command."""
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from einops import rearrange
+
+from lab import probe
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+# 4. probes
+
+
+def blobs(shape, classes, seed):
+    """Smooth random label map, so that surfaces and components look like organs and not like noise."""
+    fields = np.stack([ndimage.gaussian_filter(rng(seed + i).normal(size=shape), 2) for i in range(classes)])
+    fields[0] += np.abs(fields).max() * 0.3
+    return fields.argmax(0)
+
+
+def test_token_labels_by_brute_force():
+    labels = blobs((12, 8, 10), 5, 2) * 7                                 # ids with gaps
+    labels[:4, :4, :5], labels[0, 0, 0] = 0, 28                           # one voxel of 80: below the share
+    ids, purity = probe.token_labels(labels, (4, 4, 5), share=0.1)
+    token = 0
+    for x, y, z in itertools.product(range(3), range(2), range(2)):       # x slowest
+        patch = labels[4 * x:4 * x + 4, 4 * y:4 * y + 4, 5 * z:5 * z + 5].ravel().tolist()
+        organs = sorted({v for v in patch if v}, key=lambda v: (-patch.count(v), v))
+        expected = organs[0] if organs and patch.count(organs[0]) >= 8 else 0
+        assert ids[token] == expected and purity[token] == patch.count(expected) / 80
+        token += 1
+    assert token == len(ids) and ids[0] == 0 and len(set(ids)) > 2
+    tiny = np.zeros((8, 8, 8), int)
+    tiny[:4, :5, :5] = 3                                                  # 100 of 512 voxels
+    assert probe.token_labels(tiny, 8)[0].tolist() == [3] and probe.token_labels(tiny, 8, share=0.2)[0].tolist() == [0]
+    assert probe.token_labels(tiny, 8, share=100 / 512)[0].tolist() == [3]   # the share itself is enough
+    for bad in (np.zeros((8, 8, 9), int), np.zeros((8, 8, 8))):
+        with pytest.raises(ValueError, match="token_labels"):
+            probe.token_labels(bad, 8)
+
+
+def features(seed, centres, count):
+    """Gaussian clouds, class i of count[i] tokens around centres[i]."""
+    y = np.repeat(np.arange(len(count)) + 1, count)
+    return centres[y - 1] + rng(seed).normal(size=(len(y), centres.shape[1])), y
+
+
+def test_probes_read_separable_features_and_no_others():
+    pytest.importorskip("sklearn")
+    centres, count = rng(9).normal(size=(4, 16)) * 6, (300, 60, 30, 25)
+    train, test = features(0, centres, count), features(1, centres, count)
+    blind_train, blind_test = features(2, centres * 0, count), features(3, centres * 0, count)
+    for score in (probe.linear_probe, probe.knn_probe):
+        good, bad = score(*train, *test), score(*blind_train, *blind_test)
+        assert good["balanced_accuracy"] > 0.97 and list(good["recall"]) == [1, 2, 3, 4]
+        assert bad["balanced_accuracy"] < 0.4                             # a quarter is chance, whatever the class sizes
+        drawn = [score(*blind_train, *blind_test, seed=seed, limit=24) for seed in (1, 1, 2)]
+        assert drawn[0] == drawn[1] != drawn[2]                           # the seed alone chooses the tokens
+        fewer = score(train[0][train[1] != 4], train[1][train[1] != 4], *test)
+        assert fewer["untrained"] == [4] and list(fewer["recall"]) == [1, 2, 3]
+    scaled = [a * np.logspace(-4, 4, 16) + 1e3 for a in (train[0], test[0])]         # standardised away
+    assert probe.linear_probe(scaled[0], train[1], scaled[1], test[1])["balanced_accuracy"] > 0.97
+    longer = probe.knn_probe(train[0] * rng(5).uniform(0.1, 9, (415, 1)), train[1], *test)      # cosine: length is nothing
+    assert longer == probe.knn_probe(*train, *test)
+
+
+def test_linear_probe_weighs_classes_alike():
+    pytest.importorskip("sklearn")
+    centres = np.array([[0.0, 0], [1.5, 0]])                              # overlapping, 40 to 1
+    found = probe.linear_probe(*features(0, centres, (800, 20)), *features(1, centres, (800, 200)))
+    assert abs(found["recall"][1] - found["recall"][2]) < 0.2 and found["recall"][2] > 0.6
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_silhouette_by_hand(metric):
+    pytest.importorskip("sklearn")
+    x, y = features(4, rng(8).normal(size=(3, 5)) * 2, (6, 5, 4))
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    distance = 1 - unit @ unit.T if metric == "cosine" else np.linalg.norm(x[:, None] - x[None], axis=-1)
+    values = []
+    for i in range(len(x)):
+        own = distance[i, (y == y[i]) & (np.arange(len(x)) != i)].mean()
+        other = min(distance[i, y == c].mean() for c in (1, 2, 3) if c != y[i])
+        values.append((other - own) / max(own, other))
+    mean, per_class = probe.silhouette(x, y, metric)
+    np.testing.assert_allclose(mean, np.mean(values), rtol=1e-9)
+    for c in (1, 2, 3):
+        np.testing.assert_allclose(per_class[c], np.mean(np.array(values)[y == c]), rtol=1e-9)
+    for bad in (dict(metric="manhattan"), dict(y=np.ones(15))):
+        with pytest.raises(ValueError, match="silhouette"):
+            probe.silhouette(**dict(x=x, y=y, metric=metric) | bad)
+
+
+def test_effective_rank_in_closed_form():
+    basis = np.linalg.qr(rng().normal(size=(50, 6)) - 0)[0]
+    basis = np.linalg.qr(basis - basis.mean(0))[0]                        # orthonormal columns of mean 0
+    turn = np.linalg.qr(rng(1).normal(size=(6, 6)))[0]
+    for values in ([1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [8, 4, 2, 1, 1, 0]):
+        share = np.array([v for v in values if v]) / sum(values)
+        found = probe.effective_rank(basis * values @ turn.T + 7.0)          # an offset is centred away
+        np.testing.assert_allclose(found, np.exp(-(share * np.log(share)).sum()), rtol=1e-6)
+    assert probe.effective_rank(np.ones((9, 4)) * 3.3) == 0
+
+
+def test_missing_package_is_one_line(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.metrics", None)
+    with pytest.raises(ImportError, match="scikit-learn is not installed.*pip install"):
+        probe.silhouette(np.eye(4), [0, 0, 1, 1])
+
+
+@pytest.mark.parametrize("size, crop, overlap, patch", [((96, 64, 70), 64, 0.5, 8), ((130, 64, 64), 64, 0.25, 16), ((64, 64, 64), 64, 0.5, 8)])
+def test_overlapping_crops_give_the_most_central_token(size, crop, overlap, patch):
+    seen = []
+    def encoder(x):                                                       # tells every token which crop it comes from and where it lies in it
+        seen.append(x.clone())
+        grid = torch.meshgrid(*[torch.arange(s // patch).float() for s in x.shape[2:]], indexing="ij")
+        at = x[0, :, patch // 2::patch, patch // 2::patch, patch // 2::patch]
+        return [None] * (int(np.log2(patch)) - 1) + [torch.cat([torch.stack(grid), at])[None]]
+    volume = torch.stack(torch.meshgrid(*[torch.arange(s).float() for s in size], indexing="ij"))
+    found = probe.encode(encoder, volume, (crop,) * 3, patch, "cpu", overlap)
+    assert tuple(found.shape[1:]) == tuple(s // patch for s in size)
+    for axis, s in enumerate(size):
+        padded, n = max(crop, -(-s // 32) * 32), crop // patch
+        step = int(crop * (1 - overlap)) // patch * patch
+        starts = sorted({*range(0, padded - crop + 1, step), padded - crop})
+        for t in range(s // patch):
+            depths = [min(t - a // patch, n - 1 - (t - a // patch)) for a in starts]
+            index = found[axis].select(axis, t).unique()
+            assert len(index) == 1 and min(index.item(), n - 1 - index.item()) == max(depths)
+        place = rearrange(found[3 + axis], ("x y z -> x (y z)", "x y z -> y (x z)", "x y z -> z (x y)")[axis])
+        assert (place == torch.arange(s // patch)[:, None] * patch + patch // 2).all()     # and it shows its own voxels
