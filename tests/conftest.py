@@ -58,7 +58,7 @@ def command(script, config, *args):
 
 
 def environment(root):
-    return os.environ | dict(S2DC_DATA=str(root), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONUNBUFFERED="1")
+    return os.environ | dict(PYTHONPATH=str(HERE), S2DC_DATA=str(root), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONUNBUFFERED="1")
 
 
 def script(folder, root, *argv):

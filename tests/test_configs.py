@@ -8,9 +8,9 @@ import pytest
 
 import configs
 import data
-import evaluate
 import finetune
 import pretrain
+from lab import study
 
 HERE = Path(configs.__file__).parent
 
@@ -134,7 +134,7 @@ def test_a_dumped_configuration_is_a_configuration(file):
 @pytest.mark.parametrize("path", sorted(HERE.glob("[!_]*.py")), ids=lambda path: path.stem)
 def test_every_shipped_config_holds_keys_of_its_script_alone_and_can_be_stored(path, file, capsys):
     keys = {key: value for key, value in runpy.run_path(str(path)).items() if key[0] != "_"}
-    script = evaluate.Study if "rows" in keys else finetune.Config if "task" in keys else pretrain.Config
+    script = study.Config if "rows" in keys else finetune.Config if "task" in keys else pretrain.Config
     cfg = configs.load(script, [str(path)])                         # an unknown key, or one of another script, ends it
     assert all(getattr(cfg, key) == value for key, value in keys.items())
     assert configs.load(script, [file(configs.dump(cfg))]) == cfg

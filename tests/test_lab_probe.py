@@ -4,8 +4,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
 from einops import rearrange
+from scipy import ndimage
 
 from lab import probe
 

@@ -11,9 +11,9 @@ from conftest import HERE, NETWORK, flags, script
 
 import configs
 import data
-import evaluate
 import pretrain
 import tasks
+from lab import probe, study
 from lab.phantom import write as write_phantoms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,26 +25,21 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ])
 def test_a_study_without_rows_or_seeds_is_refused(argv, text):
     with pytest.raises(SystemExit) as caught:
-        evaluate.main(["--study", *argv])
+        study.study(configs.load(study.Config, argv))
     assert str(caught.value).endswith(text)
-
-
-def test_a_study_is_not_taken_for_a_task():
-    with pytest.raises(SystemExit, match="configs/study.py holds the rows of a study; run it with --study$"):
-        evaluate.main([str(HERE / "configs/study.py")])
 
 
 @pytest.mark.skipif(not os.environ.get("S2DC_REAL_DATA"), reason="S2DC_REAL_DATA is not set")
 @pytest.mark.parametrize("modality, train, tested", [("ct", 6, ["sts_042"]), ("mri", 15, ["sts_012", "sts_042"]),
                                                      ("pet", 6, ["013_pet", "019_pet", "042_pet"])])
 def test_the_studies_of_real_scans_probe_patients_that_pretraining_has_not_seen(modality, train, tested):
-    study = configs.load(evaluate.Study, [str(HERE / f"configs/study_{modality}.py")])
-    keys = study.pretrain_keys | dict(data=os.environ["S2DC_REAL_DATA"])
-    script = configs.load(pretrain.Config, [str(HERE / study.pretrain_config), *flags(**keys)])         # takes every key
+    asked = configs.load(study.Config, [str(HERE / f"configs/study_{modality}.py")])
+    keys = asked.pretrain_keys | dict(data=os.environ["S2DC_REAL_DATA"])
+    script = configs.load(pretrain.Config, [str(HERE / asked.pretrain_config), *flags(**keys)])         # takes every key
     seen = [str(file) for case in data.find_cases(script) for file in case["images"]]
-    keys = {key: value for key, value in keys.items() if hasattr(tasks.Config(), key)} | study.probe_keys
-    cfg = configs.load(tasks.Config, [str(HERE / study.pretrain_config), *flags(**keys)], foreign=True)
-    cases = [case for case in data.find_cases(evaluate.probe_source(cfg)) if case["label"]]
+    keys = {key: value for key, value in keys.items() if hasattr(tasks.Config(), key)} | asked.probe_keys
+    cfg = configs.load(tasks.Config, [str(HERE / asked.pretrain_config), *flags(**keys)], foreign=True)
+    cases = [case for case in data.find_cases(probe.probe_source(cfg)) if case["label"]]
     held_out = cases[max(1, round(cfg.probe_train * len(cases))):]
     assert len(seen) == train and len(held_out) == len(tested)
     assert all(want in str(case["images"]) for want, case in zip(tested, held_out))
@@ -67,8 +62,8 @@ probe_keys = {{"probe_train": 0.3}}
 finetune_keys = {small | dict(steps=1, warmup=0, val="train_002", test="unseen_050", exclude=("unseen_05[123]",), overlap=0.0)!r}
 workers = 0
 """)
-    study = sys.executable, str(HERE / "evaluate.py"), str(tmp_path / "study.py"), "--study"
-    run = lambda *more: script(tmp_path, tmp_path / "data", *study, *more)
+    command = sys.executable, "-m", "lab.study", str(tmp_path / "study.py")
+    run = lambda *more: script(tmp_path, tmp_path / "data", *command, *more)
     with pytest.raises(AssertionError, match="labelled = 3, but .* trains on 2 subjects .train_000, train_001, ...\\n"):
         run("--shots=1,", "--labelled=3")
     first = run("--shots=1,")
