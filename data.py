@@ -36,7 +36,7 @@ import configs
 
 @dataclasses.dataclass
 class Config:
-    """The keys about data; every training script adds its own. Sources: paper, released code, VoCo, ours."""
+    """The keys about files and preprocessing; every script adds its own. Sources: paper, released code, VoCo, ours."""
     # where the files are
     data: str = "data"              # root folder of all patterns; the environment variable S2DC_DATA goes before it
     scans: str | tuple = ()         # pre-training: glob patterns, one or several data sets, every file one scan
@@ -47,10 +47,6 @@ class Config:
     section: str = "training"       # the list inside it
     datalist_label: str = "label"   # key of an entry's class map; "" where "label" means something else
     datalist_target: str = "target" # key of an entry's image(s) to be predicted
-    probe_image: str | tuple = ()   # labelled scans that evaluate.py probes an encoder with; default image, label, datalist above
-    probe_label: str = ""
-    probe_datalist: str = ""
-    probe_crop: tuple = ()          # voxels that the encoder sees at once there, () as `crop`; larger is faster
     exclude: str | tuple = ()       # ids (or patterns of ids) left out on purpose
     labels: dict = dataclasses.field(default_factory=dict)   # {id: name} of every class but background; {} accepts any id
     remap: dict = dataclasses.field(default_factory=dict)    # {id in the file: id in `labels`}
@@ -66,26 +62,6 @@ class Config:
     resize: tuple = ()              # voxels along x y z to which every scan is stretched at the end, () keeps its size (classification)
     cache: str = "cache"            # folder of the memory-mapped arrays
     workers: int = 4                # processes that fill the cache, and that load batches for each rank
-    # a training sample
-    slab: tuple = (384, 384, 96)    # voxels that one step sees of a scan; released code
-    crop: tuple = (96, 96, 96)      # voxels of each crop that the network sees, they tile the slab; paper
-    # the move from V to V', each drawn uniformly; rotations and shear act in mm, so anisotropic voxels turn rigidly
-    rotation: tuple = (5.0, 5.0, 30.0)  # +- degrees about x y z; z: released code, x and y: ours (flat slabs leave the view fast)
-    scale: tuple = (0.9, 1.2)       # least and largest zoom per axis; released code, there the same for all axes
-    shear: float = 0.05             # +- ratio; ours
-    shift: tuple = (24.0, 24.0, 8.0)    # +- voxels along x y z; x and y: released code, z: ours
-    flip: tuple = (0.0, 0.0, 0.0)   # probability per axis; ours: off, a mirrored body has its liver on the wrong side
-    # the same for the twin of the one crop that L_g compares
-    twin_rotation: tuple = (20.0, 20.0, 20.0)   # released code
-    twin_scale: tuple = (0.95, 1.05)            # released code
-    twin_shear: float = 0.0                     # released code
-    twin_shift: tuple = (24.0, 24.0, 24.0)      # released code
-    # intensity changes of V' and of the twin: probability, then the range
-    jitter_shift: tuple = (0.1, 0.1)    # +- in units of the preprocessed volume; released code
-    jitter_scale: tuple = (0.3, 0.1)    # +- ratio; ours
-    jitter_gamma: tuple = (0.3, 0.3)    # exponent in [1 / (1 + r), 1 + r], on the volume scaled to its own range; ours
-    jitter_noise: tuple = (0.3, 0.03)   # largest standard deviation, same units as shift; ours
-    jitter_blur: tuple = (0.2, 1.0)     # largest sigma in voxels; ours
 
 
 class VolumeError(ValueError):
@@ -303,8 +279,8 @@ def find_cases(cfg, section=None, base=None):
     if ways == ["datalist"]:
         cases = _from_datalist(base / cfg.datalist, section or cfg.section, cfg)
     elif ways == ["scans"]:
-        cases = [dict(id=_plain_id(path.relative_to(base)), images=[str(path)], label=None, targets=[])
-                 for pattern in _tuple(cfg.scans) for path, _ in _found(base, pattern)]
+        cases = [dict(id=plain_id(path.relative_to(base)), images=[str(path)], label=None, targets=[])
+                 for pattern in several(cfg.scans) for path, _ in _found(base, pattern)]
     else:
         cases = _from_patterns(base, cfg)
     for case in cases:
@@ -314,17 +290,17 @@ def find_cases(cfg, section=None, base=None):
         if case["id"] in seen:
             raise SystemExit(f"two cases have the id {case['id']!r}: {seen[case['id']]} and {case['images'][0]}")
         seen[case["id"]] = case["images"][0]
-    unused = [name for name in _tuple(cfg.exclude) if not fnmatch.filter(seen, name)]
+    unused = [name for name in several(cfg.exclude) if not fnmatch.filter(seen, name)]
     if unused:
         raise SystemExit(f"exclude names {unused[0]!r}, no case has that id; there are: {', '.join(list(seen)[:5])} ..")
-    return [case for case in cases if not any(fnmatch.fnmatch(case["id"], name) for name in _tuple(cfg.exclude))]
+    return [case for case in cases if not any(fnmatch.fnmatch(case["id"], name) for name in several(cfg.exclude))]
 
 
-def _tuple(value):
+def several(value):
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def _plain_id(path):
+def plain_id(path):
     name = re.sub(r"\.(nii|nii\.gz|mha|mhd|nrrd)$", "", str(path).strip("/"))
     return re.sub(r"[^\w.\-]+", "__", name)
 
@@ -359,7 +335,7 @@ def _found(base, pattern):
 
 
 def _from_patterns(base, cfg):
-    first, *others = _tuple(cfg.image)
+    first, *others = several(cfg.image)
     cases = []
     for path, fields in _found(base, first):
         def other(pattern):
@@ -370,9 +346,9 @@ def _from_patterns(base, cfg):
             if not file.exists():
                 raise SystemExit(f"{file}: no such file, expected beside {path}")
             return str(file)
-        case = dict(id=_plain_id("_".join(fields.values()) or path.relative_to(base)), fields=fields,
+        case = dict(id=plain_id("_".join(fields.values()) or path.relative_to(base)), fields=fields,
                     images=[str(path)] + list(map(other, others)),
-                    label=other(cfg.label) if cfg.label else None, targets=list(map(other, _tuple(cfg.target))))
+                    label=other(cfg.label) if cfg.label else None, targets=list(map(other, several(cfg.target))))
         if "subject" in fields:
             case["subject"] = fields["subject"]
         cases.append(case)
@@ -396,9 +372,9 @@ def _from_datalist(path, section, cfg):
         entry = {"image": entry} if isinstance(entry, str) else entry
         if "image" not in entry:
             raise SystemExit(f"{path}: an entry of {section!r} has no key 'image', its keys: {', '.join(entry)}")
-        images = _tuple(entry["image"])
-        case = dict(id=entry.get("id") or _plain_id(images[0].removeprefix("./")), images=[str(path.parent / p) for p in images],
-                    label=None, targets=[str(path.parent / p) for p in _tuple(entry.get(cfg.datalist_target) or ())])
+        images = several(entry["image"])
+        case = dict(id=entry.get("id") or plain_id(images[0].removeprefix("./")), images=[str(path.parent / p) for p in images],
+                    label=None, targets=[str(path.parent / p) for p in several(entry.get(cfg.datalist_target) or ())])
         if isinstance(entry.get(cfg.datalist_label), str):
             case["label"] = str(path.parent / entry[cfg.datalist_label])
         cases.append(case | {key: entry[key] for key in ("subject", "fold") if key in entry})
@@ -414,7 +390,10 @@ PREPROCESSING_KEYS = ("intensity", "window", "zscore_over", "foreground", "crop_
 
 def preprocessing(cfg):
     """The part of a configuration that decides what the network sees; stored in every checkpoint."""
-    return {"version": PREPROCESSING_VERSION} | {key: getattr(cfg, key) for key in PREPROCESSING_KEYS}
+    keys = {"version": PREPROCESSING_VERSION} | {key: getattr(cfg, key) for key in PREPROCESSING_KEYS}
+    if not (cfg.label or (cfg.datalist and cfg.datalist_label)):     # names of labels that are not read make no other cache
+        keys |= dict(labels={}, remap={})
+    return keys
 
 
 def preprocess(case, cfg):
@@ -935,7 +914,7 @@ class Slabs(torch.utils.data.Dataset):
     def sample(self, scan, generator):
         """Cut one slab and what its two moved copies need around it.
 
-        returns tissue (c, x, y, z) float16, offset (3,) of the slab in it, H (4, 4) in slab coordinates, crop (3,) start of the
+        returns cutout (c, x, y, z) float16, offset (3,) of the slab in it, H (4, 4) in slab coordinates, crop (3,) start of the
         crop of L_g in the slab, H_twin (4, 4) in crop coordinates, scan_box (2, 3) the scan's extent in slab coordinates,
         fill (c,), draws (2, 5) and seeds (2,) of the intensity changes (V', twin), id.
         """
@@ -951,7 +930,7 @@ class Slabs(torch.utils.data.Dataset):
         for move, edge, origin in ((H, size, start), (H_twin, crop, start + crop_start)):
             a, b = seen_through(move, edge, origin, shape)
             low, high = np.minimum(low, a), np.maximum(high, b)
-        return dict(tissue=torch.from_numpy(scan.cut(low, high)), offset=torch.from_numpy(start - low), H=H, H_twin=H_twin,
+        return dict(cutout=torch.from_numpy(scan.cut(low, high)), offset=torch.from_numpy(start - low), H=H, H_twin=H_twin,
                     crop=torch.from_numpy(crop_start), scan_box=torch.from_numpy(np.stack([-start, shape - start])),
                     fill=torch.from_numpy(scan.fill), draws=torch.from_numpy(np.stack([draw_jitter(generator, cfg) for _ in range(2)])),
                     seeds=torch.from_numpy(generator.integers(0, 2 ** 62, 2)), id=scan.id)
@@ -966,10 +945,10 @@ def seen_through(H, size, origin, shape):
 
 
 def collate(samples):
-    """Stack samples; tissue (and its label and target) is padded at the end of each axis to the largest of the batch."""
-    cuts = [key for key in ("tissue", "label", "target") if key in samples[0]]
+    """Stack samples; the cutout (and its label and target) is padded at the end of each axis to the largest of the batch."""
+    cuts = [key for key in ("cutout", "label", "target") if key in samples[0]]
     batch = {key: torch.stack([s[key] for s in samples]) for key in samples[0] if key not in (*cuts, "id")}
-    largest = [max(s["tissue"].shape[d] for s in samples) for d in (1, 2, 3)]
+    largest = [max(s["cutout"].shape[d] for s in samples) for d in (1, 2, 3)]
     for key in cuts:
         fill = batch["target_fill" if key == "target" else "fill"] * (key != "label")
         fill = fill[:, :samples[0][key].shape[0]]                   # a label has one channel, background is 0
@@ -986,10 +965,10 @@ def views(batch, cfg):
     V' is interpolated from the tissue around the slab, so that what turns into view is real tissue; V is left plain, V'
     and the twin change their intensities.
     """
-    tissue, fill, offset = batch["tissue"].float(), batch["fill"], batch["offset"]
-    V = torch.stack([t[:, x:x + cfg.slab[0], y:y + cfg.slab[1], z:z + cfg.slab[2]] for t, (x, y, z) in zip(tissue, offset.tolist())])
-    V_ = warp(tissue, batch["H"] @ translation(-offset), cfg.slab, fill=fill)
-    twin = warp(tissue, batch["H_twin"] @ translation(-offset - batch["crop"]), cfg.crop, fill=fill)
+    cutout, fill, offset = batch["cutout"].float(), batch["fill"], batch["offset"]
+    V = torch.stack([t[:, x:x + cfg.slab[0], y:y + cfg.slab[1], z:z + cfg.slab[2]] for t, (x, y, z) in zip(cutout, offset.tolist())])
+    V_ = warp(cutout, batch["H"] @ translation(-offset), cfg.slab, fill=fill)
+    twin = warp(cutout, batch["H_twin"] @ translation(-offset - batch["crop"]), cfg.crop, fill=fill)
     return V, jitter(V_, batch["draws"][:, 0], batch["seeds"][:, 0]), jitter(twin, batch["draws"][:, 1], batch["seeds"][:, 1])
 
 
@@ -1024,7 +1003,7 @@ class Crops(torch.utils.data.Dataset):
         return self.sample(self.scans[self.order[k]], np.random.default_rng((self.seed, 2, step, place)))
 
     def sample(self, scan, generator):
-        """tissue (c, x, y, z) float16 around a crop, H (4, 4) from tissue to crop, and label / target on the tissue's grid,
+        """cutout (c, x, y, z) float16 around a crop, H (4, 4) from cutout to crop, and label / target on the cutout's grid,
         or the class number; fill, draws (1, 5), seeds (1,), id as in Slabs."""
         cfg, shape, size = self.cfg, np.array(scan.shape), np.array(self.cfg.crop)
         room = shape - size
@@ -1042,7 +1021,7 @@ class Crops(torch.utils.data.Dataset):
         high = np.maximum(high, low + 1)                            # moved wholly out of the scan: one voxel that says so
         low = np.minimum(low, shape - 1)
         high = np.minimum(high, shape)
-        out = dict(tissue=torch.from_numpy(scan.cut(low, high)), H=H @ translation(low - start), fill=torch.from_numpy(scan.fill),
+        out = dict(cutout=torch.from_numpy(scan.cut(low, high)), H=H @ translation(low - start), fill=torch.from_numpy(scan.fill),
                    draws=torch.from_numpy(draw_jitter(generator, cfg)[None]), id=scan.id,
                    seeds=torch.from_numpy(generator.integers(0, 2 ** 62, 1)))
         if "ids" in scan.record:
@@ -1058,7 +1037,7 @@ class Crops(torch.utils.data.Dataset):
 def moved_crops(batch, cfg):
     """On the device: image (b, c, *crop) float32, changed in place and intensity, and label (b, 1, *crop) long, target
     (b, c, *crop) float32 or None, through the same matrix (linear for images, nearest for labels)."""
-    image = warp(batch["tissue"].float(), batch["H"], cfg.crop, fill=batch["fill"])
+    image = warp(batch["cutout"].float(), batch["H"], cfg.crop, fill=batch["fill"])
     label = warp(batch["label"].float(), batch["H"], cfg.crop, "nearest").round().long() if "label" in batch else None
     target = warp(batch["target"].float(), batch["H"], cfg.crop, fill=batch["target_fill"]) if "target" in batch else None
     return jitter(image, batch["draws"][:, 0], batch["seeds"][:, 0]), label, target
@@ -1091,7 +1070,7 @@ def summary(good):
 
 
 def main(argv):
-    cfg = configs.load(Config, argv, foreign=True)
+    cfg = configs.load(Config, argv)
     cases = find_cases(cfg)
     print(f"{len(cases)} cases below {root(cfg)}")
     good, reasons = fill_cache(cases, cfg)

@@ -29,6 +29,20 @@ import tasks
 from model import WeightsError, load_weights, read_file
 
 
+@dataclasses.dataclass
+class Config(tasks.Config):
+    """What scoring adds to the task's own keys."""
+    checkpoint: str | tuple = ()    # default runs/<name>/best.pt; several are compared
+    part: str = "test"              # which part of the split is scored
+    hd95: bool = True               # 95 % Hausdorff distance, mm
+    lesion_volumes: bool = False    # false positive and false negative volume (AutoPET)
+    predictions: bool = True        # write NIfTI files
+    sheets: int = 4                 # contact sheets of the first cases
+    images: str | tuple = ()        # scans without labels to predict (one pattern a channel), instead of scoring
+    out: str = ""                   # folder of predictions and results, default runs/<name>
+    paper: dict = dataclasses.field(default_factory=dict)      # {row: {column: value}} printed under ours, marked as the paper's
+
+
 def need(module, package):
     """A module that only some commands use."""
     try:
@@ -197,9 +211,6 @@ def write_prediction(folder, scan, ready, cfg):
     if cfg.task == "segmentation":
         ids = painted(tasks.on_scan(ready, scan, affine, shape, cfg), cfg)
         write_nifti(folder / f"{scan.id}.nii.gz", ids.numpy(), affine, path)
-        if cfg.probabilities:
-            several = torch.stack([tasks.to_original(p, scan.affine, affine, shape, 1, fill=float(k == 0 and not cfg.regions)) for k, p in enumerate(ready)], -1)
-            write_nifti(folder / f"{scan.id}_probabilities.nii.gz", several.numpy(), affine, path)
         return
     unit = ready
     if cfg.intensity in ("window", "scale"):
@@ -333,7 +344,7 @@ def check_unseen(files, scans, cfg):
 
 def inference_scans(cfg):
     """Scans without labels: cfg.images is a glob pattern (a tuple: a pattern with {id} per channel)."""
-    patterns = data._tuple(cfg.images)
+    patterns = data.several(cfg.images)
     base = Path(re.split(r"[{*?\[]", patterns[0])[0])
     base = base if patterns[0].startswith(f"{base}/") or base.is_dir() else base.parent
     inside = [os.path.relpath(p, base) + "/" * p.endswith("/") for p in patterns]     # "/": folders of slices
@@ -343,11 +354,13 @@ def inference_scans(cfg):
 
 
 def main(argv):
-    cfg = configs.load(tasks.Config, argv, foreign=True)
+    cfg = configs.load(Config, argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = Path(cfg.out or Path(cfg.runs) / cfg.name)
     tasks.check(cfg)
-    files = list(data._tuple(cfg.checkpoint)) or [str(Path(cfg.runs) / cfg.name / "best.pt")]
+    if cfg.part not in ("train", "val", "test"):
+        raise SystemExit(f"part = {cfg.part!r}, expected 'train', 'val' or 'test'")
+    files = list(data.several(cfg.checkpoint)) or [str(Path(cfg.runs) / cfg.name / "best.pt")]
     lost = [file for file in files if not Path(file).is_file()]
     if lost:
         raise SystemExit(f"{lost[0]}: no such checkpoint; train it with finetune.py, or give --checkpoint=FILE")
@@ -355,19 +368,20 @@ def main(argv):
     if cfg.images:
         (out / "probabilities.csv").unlink(missing_ok=True)             # of an earlier run: deliver appends
         for scan in inference_scans(cfg):
-            ready = tasks.predict(list(networks.values()), scan, cfg, device)
+            ready = tasks.predict(next(iter(networks.values())), scan, cfg, device)
             deliver(out, scan, ready, cfg)
             print(f"{scan.id}: {out}")
         return
     scans = tasks.check_channels(data.open_scans(cfg, tasks.split_cases(cfg)[cfg.part]), cfg)
     check_unseen(files, scans, cfg)
-    teams = {"ensemble of " + ", ".join(files): list(networks.values())} if cfg.ensemble else {f: [n] for f, n in networks.items()}
+    extra = ["original", "ssim"] + ["hd95"] * cfg.hd95 + ["lesion_volumes"] * cfg.lesion_volumes
     results = {}
-    for k, (name, team) in enumerate(teams.items()):
-        folder = out / "predictions" if len(teams) == 1 else out / f"predictions_{k}"
+    for k, (name, network) in enumerate(networks.items()):
+        folder = out / "predictions" if len(networks) == 1 else out / f"predictions_{k}"
         (folder / "probabilities.csv").unlink(missing_ok=True)
         sheets = iter(range(cfg.sheets))
-        rows = tasks.score_cases(team, scans, cfg, device, full=True, after=lambda scan, ready: deliver(folder, scan, ready, cfg, next(sheets, None)))
+        rows = tasks.score_cases(network, scans, cfg, device, extra,
+                                 after=lambda scan, ready: deliver(folder, scan, ready, cfg, next(sheets, None)))
         results[name] = dict(rows=rows, summary=tasks.summarise(rows, cfg))
     for name, result in results.items():
         for row in result["rows"] if cfg.task != "classification" else []:

@@ -30,7 +30,7 @@ class Config(tasks.Config):
     downsample: str = "legacy"      # how a MONAI-style file merges patches, see model.load_weights
     freeze_encoder: bool = False    # train the rest alone
     layer_decay: float = 1.0        # learning rate times this for each encoder stage away from the decoder; ours: off
-    # the moves of training crops, as in data.Config: these defaults suit segmentation
+    # the moves of training crops, as in pretrain.py; these defaults suit segmentation
     rotation: tuple = (0.0, 0.0, 15.0)  # degrees; ours (released code: quarter turns, probability 0.2)
     scale: tuple = (0.9, 1.1)       # ours
     shear: float = 0.0
@@ -60,8 +60,9 @@ class Config(tasks.Config):
     save_every: int = 600           # steps between last.pt
 
 
-FREE_ON_RESUME = ("data", "runs", "cache", "workers", "compile", "log_every", "save_every", "overlap", "blend", "windows", "flips",
-                  "ensemble", "checkpoint", "part", "hd95", "predictions", "probabilities", "sheets", "images", "out", "paper", "probe")
+# what a run does not depend on, so that it goes on when they change: where things lie, how fast, how much memory, how it is judged
+FREE = ("data", "runs", "cache", "workers", "checkpointing", "accumulate", "compile", "log_every", "save_every", "overlap", "blend",
+        "windows", "flips")
 
 
 def check(cfg, ranks):
@@ -118,7 +119,7 @@ def groups_of(network, cfg):
 
 def validate(network, scans, cfg, device, rank, ranks):
     """The main score over all validation scans, shared out between the ranks."""
-    rows = tasks.score_cases([network], scans[rank::ranks], cfg, device)
+    rows = tasks.score_cases(network, scans[rank::ranks], cfg, device)
     network.train()
     if ranks > 1:
         parts = [None] * ranks
@@ -134,7 +135,7 @@ def main(argv):
     check(cfg, ranks)
     folder = Path(cfg.runs) / cfg.name
     resolved = dataclasses.asdict(cfg)
-    state = run.resume(folder, cfg, FREE_ON_RESUME)
+    state = run.resume(folder, cfg, FREE)
     first, best = (state["step"], state["best"]) if state else (0, None)
     if first >= cfg.steps:
         say(f"{folder} is complete: {first} steps, best {best}; python evaluate.py scores {folder}/best.pt")

@@ -44,6 +44,26 @@ class Config(data.Config):
     init: str = ""                  # encoder weights to start from, any kind that model.load_weights knows
     hidden: int = 2048              # projector width; released code
     embedding: int = 512            # projector output; released code
+    # a training sample
+    slab: tuple = (384, 384, 96)    # voxels that one step sees of a scan; released code
+    crop: tuple = (96, 96, 96)      # voxels of each crop that the network sees, they tile the slab; paper
+    # the move from V to V', each drawn uniformly; rotations and shear act in mm, so anisotropic voxels turn rigidly
+    rotation: tuple = (5.0, 5.0, 30.0)  # +- degrees about x y z; z: released code, x and y: ours (flat slabs leave the view fast)
+    scale: tuple = (0.9, 1.2)       # least and largest zoom per axis; released code, there the same for all axes
+    shear: float = 0.05             # +- ratio; ours
+    shift: tuple = (24.0, 24.0, 8.0)    # +- voxels along x y z; x and y: released code, z: ours
+    flip: tuple = (0.0, 0.0, 0.0)   # probability per axis; ours: off, a mirrored body has its liver on the wrong side
+    # the same for the twin of the one crop that L_g compares
+    twin_rotation: tuple = (20.0, 20.0, 20.0)   # released code
+    twin_scale: tuple = (0.95, 1.05)            # released code
+    twin_shear: float = 0.0                     # released code
+    twin_shift: tuple = (24.0, 24.0, 24.0)      # released code
+    # intensity changes of V' and of the twin: probability, then the range
+    jitter_shift: tuple = (0.1, 0.1)    # +- in units of the preprocessed volume; released code
+    jitter_scale: tuple = (0.3, 0.1)    # +- ratio; ours
+    jitter_gamma: tuple = (0.3, 0.3)    # exponent in [1 / (1 + r), 1 + r], on the volume scaled to its own range; ours
+    jitter_noise: tuple = (0.3, 0.03)   # largest standard deviation, same units as shift; ours
+    jitter_blur: tuple = (0.2, 1.0)     # largest sigma in voxels; ours
     # objective
     weights: tuple = (1.0, 1.0, 1.0)    # of L_g, L_p2p, L_p2s; paper, Eq. 9 (released code 0.5 each)
     token_patch: int = 8            # voxels a token spans: 2 4 8 16 32 for the five maps; ours (released code 32, its figures 8)
@@ -73,8 +93,9 @@ class Config(data.Config):
     keep: tuple = ()                # steps whose encoder is kept as encoder-<step>.pt (for pictures of how features evolve)
 
 
-# keys that may change between a run and its resumption, all others would make it another run
-FREE_ON_RESUME = ("data", "runs", "cache", "workers", "compile", "log_every", "save_every", "keep")
+# what a run does not depend on, so that it goes on when they change: where things lie, how fast, how much memory, what is written
+FREE = ("data", "runs", "cache", "workers", "labels", "remap", "checkpointing", "accumulate", "compile", "log_every", "save_every",
+        "keep")
 
 
 class Network(nn.Module):
@@ -168,7 +189,7 @@ def main(argv):
     say = print if master else lambda *_: None
     check(cfg, ranks)
     folder = Path(cfg.runs) / cfg.name
-    state = run.resume(folder, cfg, FREE_ON_RESUME)
+    state = run.resume(folder, cfg, FREE)
     first = state["step"] if state else 0
     if first >= cfg.steps:
         say(f"{folder} is complete: {first} steps; its encoder is {folder}/encoder.pt")

@@ -27,8 +27,7 @@ from model import Classifier, SwinUNETR
 
 
 @torch.no_grad()
-def sliding_window(predict, volume, window, overlap, batch, blend="gaussian", foreground=None, device=None, store=None,
-                   outside=0.0, pad=0.0):
+def sliding_window(predict, volume, window, overlap, batch, blend="gaussian", device=None, store=None, pad=0.0):
     """Run `predict` on overlapping windows and blend what it says into one map of the whole volume.
 
     predict     (n, c, *window) -> (n, k, *window), n <= batch; called on `device`, and must keep no hold of its input
@@ -36,23 +35,20 @@ def sliding_window(predict, volume, window, overlap, batch, blend="gaussian", fo
     window      voxels, one number or three;   overlap  share of the window in [0, 1), one number or three
     batch       windows per call of predict
     blend       "gaussian": weight exp(-d^2 / 2 sigma^2), sigma = window / 8, nowhere below 1e-3; "constant": plain mean
-    foreground  (x, y, z) bool or None: windows without a True voxel are not run; a voxel that no window covers then
-                gets `outside`, one number or one per class.  0 makes class 0 of an argmax and no region of a
-                sigmoid > 0.5; probabilities want (1, 0, .. 0), softmax logits (20, -20, .. -20), region logits -20
     device      where predict runs, default the volume's
     store       "device", "cpu", or None: on the device if, after the first batch, 9/10 of its free memory hold the
                 output, else on the CPU
     pad         value around a volume that is smaller than the window (half before, half after; cropped off again)
     returns     (b, k, x, y, z), float32 or wider, where it was stored
 
-    Beside the output it holds one batch of windows, its prediction, and two weight slabs of window x volume y x volume
-    z (one channel).  Grid and weights are those of MONAI's sliding_window_inference (sigma_scale 0.125), so both agree.
-    Raises ValueError for shapes, overlap, blend or store that do not fit, and for a foreground without a True voxel.
+    Beside the output it holds one batch of windows and its prediction. Grid and weights are those of MONAI's
+    sliding_window_inference (sigma_scale 0.125), so both agree.
+    Raises ValueError for shapes, overlap, blend or store that do not fit.
     """
     window, size = three(window), volume.shape[2:]
-    volume, before, starts, keep = _grid(volume, window, three(overlap), batch, foreground, pad)
-    corners = [[axis[i] for axis, i in zip(starts, index)] for index in keep.nonzero().tolist()]
-    jobs = [(i, *(slice(s, s + w) for s, w in zip(corner, window))) for i in range(len(volume)) for corner in corners]
+    volume, before, starts = _grid(volume, window, three(overlap), batch, pad)
+    jobs = [(i, *(slice(s, s + w) for s, w in zip(corner, window)))
+            for i in range(len(volume)) for corner in itertools.product(*starts)]
     device = volume.device if device is None else torch.device(device)
     stack = torch.empty(batch, volume.shape[1], *window, dtype=volume.dtype, device=device)
     total, weight = None, _weight(window, blend)
@@ -68,7 +64,7 @@ def sliding_window(predict, volume, window, overlap, batch, blend="gaussian", fo
         for p, (i, x, y, z) in zip(part, group):
             total[i, :, x, y, z].addcmul_(p, weight)                       # in place, nothing allocated per window
         part = p = None                                                    # or the next batch would lie beside this one
-    _normalise(total, weight, starts, keep, outside)
+    total /= _summed(weight, starts, volume.shape[2:])
     x, y, z = (slice(b, b + s) for b, s in zip(before, size))
     return total[:, :, x, y, z]
 
@@ -81,29 +77,21 @@ def three(value):
     return value
 
 
-def _grid(volume, window, overlap, batch, foreground, pad):
-    """The volume, padded to hold a window; the margin before it; first voxels of the windows per axis; which are run."""
+def _grid(volume, window, overlap, batch, pad):
+    """The volume, padded to hold a window; the margin before it; first voxels of the windows per axis."""
     size = volume.shape[2:]
-    if volume.ndim != 5 or (foreground is not None and tuple(foreground.shape) != tuple(size)):
-        raise ValueError(f"sliding_window: expected volume (b, c, x, y, z), foreground (x, y, z) or None; found "
-                         f"{tuple(volume.shape)}, {None if foreground is None else tuple(foreground.shape)}")
+    if volume.ndim != 5:
+        raise ValueError(f"sliding_window: expected volume (b, c, x, y, z), found {tuple(volume.shape)}")
     if min(window) < 1 or batch < 1 or not all(0 <= o < 1 for o in overlap):
         raise ValueError(f"sliding_window: expected window and batch >= 1, 0 <= overlap < 1, found {window}, {batch}, {overlap}")
     before = [max(w - s, 0) // 2 for w, s in zip(window, size)]
     margins = [m for s, w, m0 in zip(size[::-1], window[::-1], before[::-1]) for m in (m0, max(w - s, 0) - m0)]
     if any(margins):                                                       # F.pad counts from the last axis
         volume = F.pad(volume, margins, value=pad)
-    size, starts = volume.shape[2:], []
-    for s, w, o in zip(size, window, overlap):                             # a fixed step; the last window moves back
+    starts = []
+    for s, w, o in zip(volume.shape[2:], window, overlap):                 # a fixed step; the last window moves back
         starts.append([*range(0, s - w, max(int(w * (1 - o)), 1)), s - w])
-    if foreground is None:
-        return volume, before, starts, torch.ones([len(axis) for axis in starts], dtype=torch.bool)
-    keep = F.pad(torch.as_tensor(foreground).bool().cpu(), margins)
-    for axis in range(3):                                                  # (x, y, z) voxels -> (i, j, k) windows
-        keep = torch.stack([keep.narrow(axis, s, window[axis]).any(axis) for s in starts[axis]], axis)
-    if not keep.any():
-        raise ValueError("sliding_window: foreground holds no True voxel, so there is no window to run")
-    return volume, before, starts, keep
+    return volume, before, starts
 
 
 def _weight(window, blend):
@@ -116,6 +104,16 @@ def _weight(window, blend):
     return torch.einsum("x,y,z->xyz", x, y, z).clamp(min=1e-3)
 
 
+def _summed(weight, starts, size):
+    """(x, y, z) sum of the weights of all windows; those that start at one x form a slab, the same for every x."""
+    slab, summed = weight.new_zeros(len(weight), *size[1:]), weight.new_zeros(size)
+    for y, z in itertools.product(*starts[1:]):
+        slab[:, y:y + weight.shape[1], z:z + weight.shape[2]] += weight
+    for x in starts[0]:
+        summed[x:x + len(slab)] += slab
+    return summed
+
+
 def _output(part, n, volume, window, store):
     """Zeros for the whole volume, placed after the first batch, when the network has taken the memory that it needs."""
     if part.ndim != 5 or part.shape[0] != n or tuple(part.shape[2:]) != window:
@@ -126,33 +124,6 @@ def _output(part, n, volume, window, store):
     if store is None and part.device.type == "cuda":
         store = "device" if np.prod(shape) * dtype.itemsize < 0.9 * torch.cuda.mem_get_info(part.device)[0] else "cpu"
     return torch.zeros(shape, dtype=dtype, device=part.device if store == "device" else "cpu")
-
-
-def _normalise(total, weight, starts, keep, outside):
-    """Divide `total` (b, k, x, y, z) in place by the summed weights, planes of x at a time, and fill what is uncovered.
-
-    The weights of all windows that start at one x form a slab; slabs of neighbouring x are equal unless windows were
-    skipped, so on a full grid one slab serves all.  A plane is finished when the next window starts beyond it.
-    """
-    size, value = total.shape[2:], torch.as_tensor(outside, dtype=total.dtype, device=total.device)
-    if value.numel() not in (1, total.shape[1]):
-        raise ValueError(f"sliding_window: outside must be one number or {total.shape[1]}, one per class, found {outside}")
-    summed = weight.new_zeros(len(weight), *size[1:])
-    for i, x in enumerate(starts[0]):
-        if i == 0 or not torch.equal(keep[i], keep[i - 1]):
-            slab = torch.zeros_like(summed)
-            for j, k in keep[i].nonzero().tolist():
-                y, z = starts[1][j], starts[2][k]
-                slab[:, y:y + weight.shape[1], z:z + weight.shape[2]] += weight
-        summed += slab
-        stop = starts[0][i + 1] if i + 1 < len(starts[0]) else size[0]
-        planes, finished = total[:, :, x:stop], summed[:stop - x]
-        planes /= finished
-        if not keep.all():
-            hole = finished == 0
-            planes[:, :, hole] = value.reshape(-1, 1)
-        finished.zero_()
-        summed = summed.roll(x - stop, 0)
 
 
 def to_original(array, affine_pre, affine_orig, shape_orig, order, fill=0):
@@ -212,7 +183,7 @@ def _resample(volume, matrix, owner, shape, order, fill):
 
 @dataclasses.dataclass
 class Config(data.Config):
-    """What training and scoring of a task share; finetune.py adds the optimisation."""
+    """What training and scoring of a task share; finetune.py and evaluate.py add their own."""
     name: str = "finetune"          # run folder below `runs`
     runs: str = "runs"
     seed: int = 3407                # released code
@@ -227,6 +198,7 @@ class Config(data.Config):
     merge: str = "all"
     checkpointing: bool = False
     residual: bool = False          # reconstruction, translation: the network adds to the first input channel
+    crop: tuple = (96, 96, 96)      # voxels that the network sees at once; paper
     # what is predicted
     regions: dict = dataclasses.field(default_factory=dict)    # {"WT": (1, 2, 3), ..} overlapping regions, sigmoid; {}: softmax over `labels`
     classes: dict = dataclasses.field(default_factory=dict)    # classification: {name in the data: class number}
@@ -250,35 +222,8 @@ class Config(data.Config):
     overlap: float = 0.5            # of sliding windows of `crop` voxels; MONAI (released code validates with 0.75)
     blend: str = "gaussian"         # or "constant"; MONAI
     windows: int = 4                # windows per forward
-    skip_background: bool = False   # do not run windows without a voxel above the scan's least value
     flips: bool = False             # average over the 8 mirrored copies
-    ensemble: bool = False          # average over the checkpoints instead of comparing them
-    # report
-    checkpoint: str | tuple = ()    # default runs/<name>/best.pt (probe and figures: encoder.pt); several are compared
-    part: str = "test"              # which part of the split is scored
-    hd95: bool = True               # 95 % Hausdorff distance, mm
-    lesion_volumes: bool = False    # false positive and false negative volume (AutoPET)
     data_range: float = 0.0         # of PSNR and SSIM, in preprocessed units; 0: each target's largest minus least
-    predictions: bool = True        # write NIfTI files
-    probabilities: bool = False     # .. of the probabilities too
-    sheets: int = 4                 # contact sheets of the first cases
-    images: str | tuple = ()        # scans without labels to predict (one pattern a channel), instead of scoring
-    out: str = ""                   # folder of predictions and results, default runs/<name>
-    paper: dict = dataclasses.field(default_factory=dict)      # {row: {column: value}} printed under ours, marked as the paper's
-    # probe
-    probe: bool = False
-    probe_train: float = 0.5        # share of the scans (the first by id) that train the probe, the rest test it
-    probe_share: float = 0.5        # least share of a token's patch that an organ covers to name it; tiny organs need less
-    probe_limit: int = 1000         # tokens per class that train it
-    probe_random: bool = True       # probe random weights first
-    token_patch: int = 8            # voxels a token; 2 4 8 16 32
-    # figures, of the probe's scans where they are named, else of the config's own
-    figures: str | tuple = ""       # "all", or some of similarity, distribution, tsne, pca, correspondence, evolution, curves
-    figure_scan: str = ""           # id of the scan that is shown, default the first
-    query: tuple = ()               # point whose patch the others are compared with, x y z in voxels of the preprocessed scan ..
-    query_mm: tuple = ()            # .. or R A S in mm; default one per organ, without labels the middle of the scan
-    figure_organs: tuple = ()       # ids of the organs that are queried, default all
-    figure_tokens: int = 200        # tokens per organ that t-SNE shows; ours
 
 
 def swin(cfg):
@@ -294,7 +239,7 @@ def names_of(cfg):
 
 def image_network(cfg):
     """SwinUNETR with one output per target image; with cfg.residual it starts as the identity."""
-    network = SwinUNETR(cfg.in_channels, max(1, len(data._tuple(cfg.target))), **swin(cfg))
+    network = SwinUNETR(cfg.in_channels, max(1, len(data.several(cfg.target))), **swin(cfg))
     if cfg.residual:                                                    # the correction starts at none
         torch.nn.init.zeros_(network.out.weight)
         torch.nn.init.zeros_(network.out.bias)
@@ -312,10 +257,10 @@ def segmentation_loss(output, truth, cfg):
 
 def translation_loss(output, truth, cfg):
     """L1 + L2 of (b, c, x, y, z) over the tissue of the target -> ()."""
-    return losses.masked_l1_l2(output, truth["target"], tissue(truth["target"], truth["target_fill"]))
+    return losses.masked_l1_l2(output, truth["target"], above_background(truth["target"], truth["target_fill"]))
 
 
-def tissue(target, fill):
+def above_background(target, fill):
     """(b, c, x, y, z) bool: where a skull-stripped target is more than its background, the least value."""
     return target > rearrange(torch.as_tensor(fill, dtype=target.dtype, device=target.device), "b c -> b c 1 1 1") + 1e-2
 
@@ -326,7 +271,7 @@ class Task:
     network: Callable               # cfg -> network
     loss: Callable                  # output, {"label" (b, 1, x, y, z), "class" (b,), "target" (b, c, x, y, z), "target_fill"}, cfg -> ()
     ready: Callable                 # output, cfg -> probabilities, or the predicted image itself
-    score: Callable                 # ready output of one case, scan, cfg, full -> {grid: {metric: {part: number}}}
+    score: Callable                 # ready output of one case, scan, cfg, extra -> {grid: {metric: {part: number}}}
     best: tuple                     # metric whose largest mean over val chooses the checkpoint
 
 
@@ -375,7 +320,6 @@ def check(cfg):
         (0 < cfg.label_fraction <= 1, f"label_fraction = {cfg.label_fraction}, expected above 0, at most 1"),
         (0 <= cfg.overlap < 1, f"overlap = {cfg.overlap}, expected 0 or more, below 1"),
         (cfg.blend in ("gaussian", "constant"), f"blend = {cfg.blend!r}, expected 'gaussian' or 'constant'"),
-        (cfg.part in ("train", "val", "test"), f"part = {cfg.part!r}, expected 'train', 'val' or 'test'"),
     ]
     unknown = [k for group in cfg.regions.values() for k in group if k not in cfg.labels]
     rules.append((not unknown, f"regions: id {unknown[:1]} is not in `labels`"))
@@ -398,7 +342,7 @@ def split_cases(cfg):
         if section:
             parts[part] = data.find_cases(cfg, section)
     if cfg.only:
-        listed = set().union(*[_table(data.root(cfg) / file, cfg.table_key) for file in data._tuple(cfg.only)])
+        listed = set().union(*[_table(data.root(cfg) / file, cfg.table_key) for file in data.several(cfg.only)])
         parts["train"] = [case for case in parts["train"] if _case_key(case, cfg) in listed]
     everyone = parts["train"]
     subjects = sorted({case["subject"] for case in everyone})
@@ -431,7 +375,7 @@ def split_cases(cfg):
 
 def _named(cases, which, cfg):
     """Ids of the cases that `which` names: ids and patterns of ids, or csv files (the cases that all of them name)."""
-    which = data._tuple(which)
+    which = data.several(which)
     if which[0].endswith(".csv"):
         sets = [set(_table(data.root(cfg) / file, cfg.table_key)) for file in which]
         named = {case["id"] for case in cases if all(_case_key(case, cfg) in s for s in sets)}
@@ -526,38 +470,29 @@ def _check_parts(parts, cfg):
 # 4. predict and score cases
 
 
-def nothing_there(scan, cfg):
-    """Output of the network, per channel, that stands for empty space."""
-    if cfg.task == "segmentation":
-        return [-20.0] * len(cfg.regions) if cfg.regions else [20.0] + [-20.0] * len(cfg.labels)
-    return scan.record.get("target_fill", 0.0)
-
-
 @torch.no_grad()
-def predict(networks, scan, cfg, device):
+def predict(network, scan, cfg, device):
     """Ready output of one cached scan on its preprocessed grid, (k, x, y, z) or (k,) for classification, on the CPU.
 
-    The mean over the networks and, with cfg.flips, over the 8 mirrored copies.
+    With cfg.flips the mean over the 8 mirrored copies.
     """
     task, total = TASKS[cfg.task], 0
     volume = torch.from_numpy(np.ascontiguousarray(scan.open())).float()[None]
     fill = rearrange(torch.from_numpy(scan.fill), "c -> c 1 1 1")       # around the scan each channel has its own, as in training
-    mirrored = list(itertools.chain.from_iterable(itertools.combinations((2, 3, 4), n) for n in range(4))) if cfg.flips else [()]
+    mirrored = [axes for n in range(4) for axes in itertools.combinations((2, 3, 4), n)] if cfg.flips else [()]
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    for network in networks:
-        network.eval()
-        for axes in mirrored:
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                seen = volume.flip(axes)
-                if cfg.task == "classification":
-                    output = forward(network, seen.to(device), cfg)
-                else:
-                    foreground = (seen[0] > seen[0].amin((1, 2, 3), keepdim=True) + 1e-3).any(0) if cfg.skip_background else None
-                    output = sliding_window(lambda x: forward(network, x + fill.to(device), cfg), seen - fill, cfg.crop, cfg.overlap,
-                                            cfg.windows, cfg.blend, foreground, device, outside=nothing_there(scan, cfg))
-            output = task.ready(output.float(), cfg)
-            total = total + (output if cfg.task == "classification" else output.flip(axes)).cpu()
-    return (total / (len(networks) * len(mirrored)))[0]
+    network.eval()
+    for axes in mirrored:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            seen = volume.flip(axes)
+            if cfg.task == "classification":
+                output = forward(network, seen.to(device), cfg)
+            else:
+                output = sliding_window(lambda x: forward(network, x + fill.to(device), cfg), seen - fill, cfg.crop, cfg.overlap,
+                                        cfg.windows, cfg.blend, device)
+        output = task.ready(output.float(), cfg)
+        total = total + (output if cfg.task == "classification" else output.flip(axes)).cpu()
+    return (total / len(mirrored))[0]
 
 
 def masks_of(ready, cfg):
@@ -571,12 +506,12 @@ def masks_of(ready, cfg):
     return torch.stack([ready == k for k in sorted(cfg.labels)])
 
 
-def score_segmentation(ready, scan, cfg, full):
+def score_segmentation(ready, scan, cfg, extra=()):
     """Dice per class on the preprocessed grid; with `full` also on the scan's own voxels (probabilities go back linearly, the
     truth as stored), Hausdorff distance and lesion volumes."""
     truth = torch.from_numpy(scan.open("label")[0].astype(np.int64))
     grids = {"preprocessed": (masks_of(ready, cfg), masks_of(truth, cfg), scan.spacing)}
-    if full:
+    if "original" in extra:
         stored, affine = data.read_stored(scan.case["label"], label=True)
         own = torch.from_numpy(data.label_ids(scan.case["label"], stored, cfg).astype(np.int64))
         grids["original"] = (on_scan(ready, scan, affine, stored.shape, cfg), masks_of(own, cfg), data.spacing_of(affine))
@@ -585,10 +520,10 @@ def score_segmentation(ready, scan, cfg, full):
         predicted, true = predicted.numpy(), true.numpy()
         values = dict(zip(names, metrics.dice_regions(predicted, true).tolist()))
         scores[grid] = {"dice": values | {"mean": metrics.mean(list(values.values()))}}
-        if cfg.hd95 and full:
+        if "hd95" in extra:
             values = {name: metrics.hausdorff95(p, t, spacing) for name, p, t in zip(names, predicted, true)}
             scores[grid]["hd95"] = values | {"mean": metrics.mean([v if np.isfinite(v) else np.nan for v in values.values()])}
-        if cfg.lesion_volumes and full:
+        if "lesion_volumes" in extra:
             volumes = [metrics.false_volumes(p, t, spacing) for p, t in zip(predicted, true)]
             for k, metric in enumerate(("false_positive_ml", "false_negative_ml")):
                 scores[grid][metric] = {name: pair[k] for name, pair in zip(names, volumes)}
@@ -610,35 +545,35 @@ def on_scan(ready, scan, affine, shape, cfg):
     return masks_of(ids, cfg)
 
 
-def score_classification(ready, scan, cfg, full):
+def score_classification(ready, scan, cfg, extra=()):
     """Probabilities (k,) of a case and its true class, from which `summarise` makes accuracy, AUC and confusion over all cases."""
     return {"scans": {"probability": {str(k): float(p) for k, p in enumerate(ready)}, "class": {"true": scan.case["class"]}}}
 
 
-def score_image(ready, scan, cfg, full):
+def score_image(ready, scan, cfg, extra=()):
     """PSNR, SSIM and NMSE of a predicted image on the preprocessed grid and in its units: over the whole volume; with the
     background copied from the target ("pasted", as the released code scores); over the tissue alone (PSNR, NMSE); and of the input
     left as it is ("input"). Background: the target's least value."""
     truth = torch.from_numpy(np.ascontiguousarray(scan.open("target"))).float()
     image = torch.from_numpy(np.ascontiguousarray(scan.open())).float()[:1].expand_as(truth)
-    inside = tissue(truth[None], [scan.record["target_fill"]])[0]
+    inside = above_background(truth[None], [scan.record["target_fill"]])[0]
     pasted = torch.where(inside, ready, truth)
     reach = cfg.data_range or float(truth.max() - truth.min())
-    scores = {"psnr": {}, "nmse": {}} | ({"ssim": {}} if full else {})
+    scores = {"psnr": {}, "nmse": {}} | ({"ssim": {}} if "ssim" in extra else {})
     for part, guess, where in (("whole", ready, None), ("pasted", pasted, None), ("tissue", ready, inside), ("input", image, None)):
         a, b = (guess, truth) if where is None else (guess[where], truth[where])
         scores["psnr"][part], scores["nmse"][part] = metrics.psnr(a, b, reach), metrics.nmse(a, b)
-        if full and where is None:
+        if "ssim" in extra and where is None:
             scores["ssim"][part] = float(np.mean([metrics.ssim(p, t, reach) for p, t in zip(guess.numpy(), truth.numpy())]))
     return {"preprocessed": scores | {"data_range": {"used": reach}}}
 
 
-def score_cases(networks, scans, cfg, device, full=False, after=None):
+def score_cases(network, scans, cfg, device, extra=(), after=None):
     """One row a case, {"id", "subject", "scores"}; `after(scan, ready)` may write what it likes."""
     rows = []
     for scan in scans:
-        ready = predict(networks, scan, cfg, device)
-        rows.append(dict(id=scan.id, subject=scan.subject, scores=TASKS[cfg.task].score(ready, scan, cfg, full)))
+        ready = predict(network, scan, cfg, device)
+        rows.append(dict(id=scan.id, subject=scan.subject, scores=TASKS[cfg.task].score(ready, scan, cfg, extra)))
         if after:
             after(scan, ready)
     return rows

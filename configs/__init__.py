@@ -1,9 +1,10 @@
-"""The whole configuration mechanism: defaults in a script, then one file of plain assignments, then --key=value.
+"""The whole configuration mechanism: defaults in a script, then files of plain assignments, then --key=value.
 
     cfg = load(Config, sys.argv[1:])      # Config: the script's dataclass of defaults, its comments explain every key
     print(dump(cfg))                      # plain assignments again: a stored run configuration is itself a config file
 
-Keys and types are checked alike wherever a value comes from, so a typo in a file is as loud as one on the command line.
+Keys and types are checked alike wherever a value comes from, so a typo in a file is as loud as one on the command line. And,
+because every room writes files: `replacing`.
 """
 import ast
 import contextlib
@@ -15,52 +16,90 @@ import runpy
 import types
 
 
-def load(Config, argv, foreign=False):
-    """Config instance from `argv` = [file.py] --key=value ...; exits with one line on any mistake.
+def load(Config, argv):
+    """Config instance from `argv` = file.py .. --key=value ..; later files go over earlier ones. One line on any mistake.
 
-    foreign=True lets the *file* hold keys of another script (data.py reads a training config): they are named in a
-    printed line and left alone. A key given on the command line must always be known.
+    A file may hold keys of another script as well (a task's config serves finetune.py and evaluate.py): they are named in a
+    printed line and left alone. A key on the command line must be one of this script's.
     """
     fields = {f.name: f for f in dataclasses.fields(Config)}
-    given, files, elsewhere = {}, [], []
-    for arg in argv:
-        if not arg.startswith("--"):
-            files.append(arg)
-    if len(files) > 1:
-        raise SystemExit(f"one config file expected, found {len(files)}: {' '.join(files)} (overrides are written --key=value)")
-    for file in files:
-        if not pathlib.Path(file).is_file():
-            near = ", ".join(sorted(str(p) for p in pathlib.Path(file).parent.glob("*.py") if p.stem != "__init__"))
-            raise SystemExit(f"{file}: no such config file" + (f"; there are: {near}" if near else ""))
-        for key, value in runpy.run_path(file).items():
-            if key[0] == "_" or isinstance(value, (types.ModuleType, types.FunctionType, type)):
-                continue
-            if key not in fields and foreign:
+    given, elsewhere = {}, []
+    for file in [arg for arg in argv if not arg.startswith("--")]:
+        for key, value in read(file).items():
+            if key not in fields and key in declared():
                 elsewhere.append(key)
             else:
-                given[key] = _checked(fields, key, value, file)
-    for arg in argv:
-        if arg.startswith("--"):
-            key, equals, text = arg[2:].partition("=")              # the value may itself contain '='
-            if not equals and key in fields and fields[key].type is bool:
-                text = "True"                                       # a bare --probe switches it on
-            elif not equals:
-                raise SystemExit(f"{arg}: write overrides as --{key}=VALUE")
-            try:
-                value = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                value = text                                        # a bare word or a path stays a string
-            if key in fields and fields[key].type is str and not isinstance(value, str):
-                value = text                                        # --name=2024 names a run, it is no number
-            given[key] = _checked(fields, key, value, "command line")
+                given[key] = checked(fields, key, value, file)
+    for arg in [arg for arg in argv if arg.startswith("--")]:
+        key, equals, text = arg[2:].partition("=")                  # the value may itself contain '='
+        if not equals and key in fields and fields[key].type is bool:
+            text = "True"                                           # a bare --compile switches it on
+        elif not equals:
+            raise SystemExit(f"{arg}: write overrides as --{key}=VALUE")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text                                            # a bare word or a path stays a string
+        if key in fields and fields[key].type is str and not isinstance(value, str):
+            value = text                                            # --name=2024 names a run, it is no number
+        given[key] = checked(fields, key, value, "command line")
     if elsewhere:
         print("keys left to other scripts: " + ", ".join(elsewhere))
     return Config(**given)
 
 
+def read(file):
+    """{key: value} of a file of plain assignments."""
+    if not pathlib.Path(file).is_file():
+        near = ", ".join(sorted(str(p) for p in pathlib.Path(file).parent.glob("*.py") if p.stem != "__init__"))
+        raise SystemExit(f"{file}: no such config file" + (f"; there are: {near}" if near else ""))
+    kinds = types.ModuleType, types.FunctionType, type
+    return {k: v for k, v in runpy.run_path(file).items() if k[0] != "_" and not isinstance(v, kinds)}
+
+
+def declared():
+    """The keys of every script's Config, read off the sources: so no script has to import another to know its keys."""
+    root = pathlib.Path(__file__).resolve().parents[1]
+    classes = [node for path in [*root.glob("*.py"), *root.glob("lab/*.py")] for node in ast.parse(path.read_text()).body
+               if isinstance(node, ast.ClassDef) and node.name == "Config"]
+    return {line.target.id for node in classes for line in node.body if isinstance(line, ast.AnnAssign)}
+
+
 def dump(cfg):
     """Plain assignments, one key a line, that `load` reads back to an equal configuration."""
     return "\n".join(f"{f.name} = {getattr(cfg, f.name)!r}" for f in dataclasses.fields(cfg))
+
+
+def checked(fields, key, value, where):
+    """The value of a key as its default has it (a list as a tuple, 1 as 1.0), or one line that says what was expected."""
+    if key not in fields:
+        near = difflib.get_close_matches(key, fields, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
+        raise SystemExit(f"{where}: unknown config key {key!r}; {hint}")
+    want, default = fields[key].type, fields[key].default
+    if fields[key].default_factory is not dataclasses.MISSING:
+        default = fields[key].default_factory()
+    kinds = want.__args__ if isinstance(want, types.UnionType) else (want,)
+    if isinstance(value, list):
+        value = tuple(value)
+    if float in kinds and type(value) is int:
+        value = float(value)
+    if type(value) not in kinds:                                    # type(), not isinstance: True is no int here
+        names = " or ".join(k.__name__ for k in kinds)
+        raise SystemExit(f"{where}: {key} = {value!r} is {type(value).__name__}, expected {names} like {default!r}")
+    if type(value) is tuple and type(default) is tuple and default and numbers(default):
+        if len(value) != len(default) or not numbers(value):
+            raise SystemExit(f"{where}: {key} = {value!r}, expected {len(default)} numbers like {default!r}")
+        if any(type(v) is float for v in default):
+            value = tuple(float(v) for v in value)
+        elif any(type(v) is float for v in value):
+            raise SystemExit(f"{where}: {key} = {value!r}, expected whole numbers like {default!r}")
+    return value
+
+
+def numbers(values):
+    """Whether all are numbers; True is none."""
+    return all(type(v) in (int, float) for v in values)
 
 
 @contextlib.contextmanager
@@ -78,33 +117,3 @@ def replacing(path):
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
-
-
-def _checked(fields, key, value, where):
-    if key not in fields:
-        near = difflib.get_close_matches(key, fields, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
-        raise SystemExit(f"{where}: unknown config key {key!r}; {hint}")
-    want, default = fields[key].type, fields[key].default
-    if fields[key].default_factory is not dataclasses.MISSING:
-        default = fields[key].default_factory()
-    kinds = want.__args__ if isinstance(want, types.UnionType) else (want,)
-    if isinstance(value, list):
-        value = tuple(value)
-    if float in kinds and type(value) is int:
-        value = float(value)
-    if type(value) not in kinds:                                    # type(), not isinstance: True is no int here
-        names = " or ".join(k.__name__ for k in kinds)
-        raise SystemExit(f"{where}: {key} = {value!r} is {type(value).__name__}, expected {names} like {default!r}")
-    if type(value) is tuple and type(default) is tuple and default and _numbers(default):
-        if len(value) != len(default) or not _numbers(value):
-            raise SystemExit(f"{where}: {key} = {value!r}, expected {len(default)} numbers like {default!r}")
-        if any(type(v) is float for v in default):
-            value = tuple(float(v) for v in value)
-        elif any(type(v) is float for v in value):
-            raise SystemExit(f"{where}: {key} = {value!r}, expected whole numbers like {default!r}")
-    return value
-
-
-def _numbers(values):
-    return all(type(v) in (int, float) for v in values)

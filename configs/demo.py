@@ -2,16 +2,11 @@
 
     python -m lab.phantom --demo
     python pretrain.py configs/demo.py
-    python -m lab.probe configs/demo.py
+    python -m lab.probe configs/demo.py         on the scans of configs/demo_probe.py
 """
 name = "demo"
 dataset = "demo_ct"
 scans = "demo_ct/train/imagesTr/*.nii.gz"
-probe_image = "demo_ct/unseen/imagesTr/phantom_{id}.nii.gz"
-probe_label = "demo_ct/unseen/labelsTr/phantom_{id}.nii.gz"
-labels = {1: "spleen", 2: "R kidney", 3: "L kidney", 4: "gallbladder", 5: "esophagus", 6: "liver", 7: "stomach", 8: "aorta", 9: "IVC",
-          10: "portal+splenic v.", 11: "pancreas", 12: "R adrenal", 13: "L adrenal"}
-probe_crop = (96, 96, 96)       # the whole scan
 window = (-175.0, 250.0)        # HU; soft tissue, as VoCo pre-trains: between air and bone the organs differ by a few per cent
 slab = (64, 64, 64)             # voxels of 3 mm
 crop = (64, 64, 64)             # one crop a slab

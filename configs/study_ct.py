@@ -15,10 +15,11 @@ pretrain_keys = {
     "dataset": "study_ct",
     "scans": ("ct/ts_abdomen_3mm.nii.gz", "ct/ts_aorta_1p5mm.nii.gz", "ct/ts_brain_atlas_1mm.nii.gz", "ct/crlm_1004_abdomen.nii.gz",
               "ct/sts_008_ct.nii.gz", "ct/sts_012_ct.nii.gz"),
-    "probe_image": "ct/{id}_ct.nii.gz",
-    "probe_label": "ct/labels/{id}_ct_gtv.nii.gz",
-    "labels": {1: "tumour", 2: "rest"}, "remap": {0: 2},      # whatever is no tumour is the other class
     "window": (-175.0, 250.0),
     "spacing": (1.0, 1.0, 1.0),
 }
-probe_keys = {"probe_train": 0.67}     # the first of the labelled scans train the probe, the rest test it
+probe_keys = {
+    "scans": (), "image": "ct/{id}_ct.nii.gz", "label": "ct/labels/{id}_ct_gtv.nii.gz",
+    "labels": {1: "tumour", 2: "rest"}, "remap": {0: 2},      # whatever is no tumour is the other class
+    "probe_train": 0.67,        # the first of the labelled scans train the probe, the rest test it
+}

@@ -18,9 +18,11 @@ pretrain_keys = {
               "mri/sts_001_thigh_t1.nii.gz", "mri/sts_001_thigh_t2fs.nii.gz", "mri/spine_t1.nii.gz",
               "mri/spine_t2.nii.gz", "mri/sts_002_t1.nii.gz", "mri/sts_004_t1.nii.gz", "mri/sts_008_t1.nii.gz",
               "mri/sts_019_t1.nii.gz"),
-    "probe_datalist": "mri_gtv_seg.json",
-    "labels": {1: "tumour", 2: "rest"}, "remap": {0: 2},      # whatever is no tumour is the other class
     "intensity": "zscore", "zscore_over": "foreground", "foreground": 0.0,
     "spacing": (1.0, 1.0, 1.0),
 }
-probe_keys = {"probe_train": 0.5}     # the first of the labelled scans train the probe, the rest test it
+probe_keys = {
+    "scans": (), "image": (), "label": "", "datalist": "mri_gtv_seg.json",
+    "labels": {1: "tumour", 2: "rest"}, "remap": {0: 2},      # whatever is no tumour is the other class
+    "probe_train": 0.5,        # the first of the labelled scans train the probe, the rest test it
+}

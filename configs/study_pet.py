@@ -15,10 +15,11 @@ pretrain_keys = {
     "dataset": "study_pet",
     "scans": ("pet/spm_pet_template.nii.gz", "pet/spm_spect_template.nii.gz", "pet/sts_001_wholebody_fdg.nii.gz",
               "pet/sts_002_pet.nii.gz", "pet/sts_008_pet.nii.gz", "pet/sts_012_pet.nii.gz"),
-    "probe_image": "pet/sts_{id}.nii.gz",
-    "probe_label": "pet/labels/sts_{id}_gtv.nii.gz",
-    "labels": {1: "tumour", 2: "rest"}, "remap": {0: 2},      # whatever is no tumour is the other class
     "intensity": "zscore", "zscore_over": "volume", "foreground": 0.0,
     "spacing": (2.5, 2.5, 2.5),
 }
-probe_keys = {"probe_train": 0.57}     # the first of the labelled scans train the probe, the rest test it
+probe_keys = {
+    "scans": (), "image": "pet/sts_{id}.nii.gz", "label": "pet/labels/sts_{id}_gtv.nii.gz",
+    "labels": {1: "tumour", 2: "rest"}, "remap": {0: 2},      # whatever is no tumour is the other class
+    "probe_train": 0.57,        # the first of the labelled scans train the probe, the rest test it
+}

@@ -141,7 +141,7 @@ def loading(count=12):
             slabs = data.Slabs(scans, cfg, 1, 0)
             loader = torch.utils.data.DataLoader(slabs, batch_sampler=[[(s, 0)] for s in range(count)], num_workers=workers,
                                                  collate_fn=data.collate)
-            took, _ = seconds(lambda: [batch["tissue"].shape for batch in loader])
+            took, _ = seconds(lambda: [batch["cutout"].shape for batch in loader])
             print(f"slabs of {cfg.slab} with their surroundings, {workers} workers: {count / took:.2f} slabs/s")
 
 

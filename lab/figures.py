@@ -22,9 +22,20 @@ import evaluate
 import losses
 import metrics
 import run
-import tasks
 from lab import probe
 from model import read_file
+
+
+@dataclasses.dataclass
+class Config(probe.Config):
+    """The keys of the probe, whose scans are shown, and those of the figures."""
+    figures: str | tuple = "all"    # or some of similarity, distribution, tsne, pca, correspondence, evolution, curves
+    figure_scan: str = ""           # id of the scan that is shown, default the first
+    query: tuple = ()               # point whose patch the others are compared with, x y z in voxels of the preprocessed scan ..
+    query_mm: tuple = ()            # .. or R A S in mm; default one per organ, without labels the middle of the scan
+    figure_organs: tuple = ()       # ids of the organs that are queried, default all
+    figure_tokens: int = 200        # tokens per organ that t-SNE shows; ours
+
 
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
          "legend.fontsize": 8, "legend.frameon": False, "figure.titlesize": 11, "figure.facecolor": "white", "savefig.dpi": 150}
@@ -38,8 +49,8 @@ class Shown:
     """What several pictures share, each made when first asked for: a scan, its query points, tokens, a moved copy."""
 
     def __init__(self, cfg, device):
-        self.cfg, self.device, self.source, self.patch = cfg, device, probe.probe_source(cfg), cfg.token_patch
-        files = list(data._tuple(cfg.checkpoint)) or [str(Path(cfg.runs) / cfg.name / "encoder.pt")]
+        self.cfg, self.device, self.patch = cfg, device, cfg.token_patch
+        files = list(data.several(cfg.checkpoint)) or [str(Path(cfg.runs) / cfg.name / "encoder.pt")]
         short = ["/".join(Path(f).with_suffix("").parts[-2:]).removesuffix("/encoder") for f in files]
         short = ["random weights" if f == "random" else s for f, s in zip(files, short)]
         self.heads = dict(zip(files, short if len(set(short)) == len(set(files)) else files))    # {file: heading}
@@ -47,7 +58,7 @@ class Shown:
 
     @functools.cached_property
     def cases(self):
-        return data.find_cases(self.source)
+        return data.find_cases(self.cfg)
 
     @functools.cached_property
     def scan(self):
@@ -55,7 +66,7 @@ class Shown:
         if not found:
             raise SystemExit(f"figure_scan = {self.cfg.figure_scan!r}, no case has that id; there are: "
                              f"{', '.join(case['id'] for case in self.cases[:4])} ..")
-        return data.open_scans(self.source, found[:1])[0]
+        return data.open_scans(self.cfg, found[:1])[0]
 
     @functools.cached_property
     def grid(self):
@@ -83,7 +94,7 @@ class Shown:
         """[(name, organ id or None, point (3,) in voxels)]: the point asked for; or of every organ the purest patch, of equals
         the one nearest to the organ's middle; or, without labels, the middle of the scan."""
         cfg, scan, given = self.cfg, self.scan, self.cfg.query or self.cfg.query_mm
-        if (cfg.query and cfg.query_mm) or (given and (len(given) != 3 or not configs._numbers(given))):
+        if (cfg.query and cfg.query_mm) or (given and (len(given) != 3 or not configs.numbers(given))):
             raise SystemExit(f"query = {cfg.query}, query_mm = {cfg.query_mm}: expected three numbers, in one of them")
         if given:
             return [("query", None, np.array(given, float) if cfg.query else (np.linalg.inv(scan.affine) @ [*given, 1])[:3])]
@@ -135,14 +146,14 @@ class Shown:
     @functools.cached_property
     def pair(self):
         """V, the whole scan, and V', moved and jittered within the config's ranges, (c, x, y, z); H (4, 4); matches (m, 2), rows
-        (i, j) of Eq. 2-3 inside the scan; valid_ (t,): tokens of V' that show the scan; tissue (t,): tokens of V above its mean."""
+        (i, j) of Eq. 2-3 inside the scan; valid_ (t,): tokens of V' that show the scan; bright (t,): tokens of V above its mean."""
         whole = dataclasses.replace(self.cfg, slab=self.scan.shape, crop=self.scan.shape)
         batch = data.collate([data.Slabs([self.scan], whole, 1, whole.seed).sample(self.scan, np.random.default_rng(whole.seed))])
         V, V_, _ = data.views(batch, whole)
         valid, valid_ = data.tokens_inside(batch, self.grid, self.patch)
         _, i, j = data.matches(batch["H"], self.grid, self.patch).T
-        tissue = F.avg_pool3d(V[0, :1], self.patch).flatten() > V[0, 0].mean()
-        return {"V": V[0], "V'": V_[0], "H": batch["H"][0].numpy(), "valid_": valid_[0], "tissue": tissue.numpy(),
+        bright = F.avg_pool3d(V[0, :1], self.patch).flatten() > V[0, 0].mean()
+        return {"V": V[0], "V'": V_[0], "H": batch["H"][0].numpy(), "valid_": valid_[0], "bright": bright.numpy(),
                 "matches": torch.stack([i, j], 1)[valid[0, i] & valid_[0, j]].numpy()}
 
     def write(self, path, **numbers):
@@ -244,7 +255,7 @@ def similarity_sheets(shown, out, kind, heads):
     for name, organ, point in shown.queries:
         maps, mm = {f: cosine_map(shown.tokens(f), shown.cell(point)) for f in heads}, (shown.scan.affine @ [*point, 1])[:3]
         look = dict(cmap="magma", vmin=min(m.min() for m in maps.values()), vmax=1)
-        path = out / (f"{kind}_{data._plain_id(name.replace(' ', '_'))}.png" if len(shown.queries) > 1 else f"{kind}.png")
+        path = out / (f"{kind}_{data.plain_id(name.replace(' ', '_'))}.png" if len(shown.queries) > 1 else f"{kind}.png")
         title = f"Similarity to the marked patch: {name}\nscan {shown.scan.id}, R A S = {', '.join(f'{v:.0f}' for v in mm)} mm"
         columns = [(heads[f], m, look, "cosine similarity") for f, m in maps.items()]
         made.append(plane_sheet(path, shown, point, columns, title, organ))
@@ -282,7 +293,7 @@ def draw_distribution(shown, out):
     if shown.cfg.query or shown.cfg.query_mm:
         chosen = {"query": int(np.ravel_multi_index(shown.cell(shown.queries[0][2]), shown.grid))}
     else:
-        own = pair["tissue"] if shown.organs is None else pair["tissue"] & (shown.organs[0] > 0)      # a label may hold air
+        own = pair["bright"] if shown.organs is None else pair["bright"] & (shown.organs[0] > 0)      # a label may hold air
         fit = np.intersect1d(np.flatnonzero(own), pair["matches"][:, 0])
         if not len(fit):
             raise NoFigure("no patch of tissue (of an organ, where there are labels) has its partner in V' after the config's moves")
@@ -331,8 +342,8 @@ def draw_tsne(shown, out):
     manifold, cfg, numbers = evaluate.need("sklearn.manifold", "scikit-learn"), shown.cfg, {}
     labelled = [case for case in shown.cases if case["label"]]
     if not labelled:
-        raise NoFigure("the scans have no labels; give probe_image and probe_label, or probe_datalist")
-    scans = data.open_scans(shown.source, labelled)
+        raise NoFigure("the scans have no labels; give image and label, or a datalist")
+    scans = data.open_scans(shown.cfg, labelled)
     for f in shown.heads:
         x, y, n = probe.organ_tokens(shown.encoder(f), scans, cfg, shown.device, 0.5)
         kept, organs = probe.thin(y, cfg.seed, cfg.figure_tokens), np.unique(y).tolist()
@@ -399,7 +410,7 @@ def draw_correspondence(shown, out):
     """
     scan, pair, centres, numbers = shown.scan, shown.pair, shown.centres, {}
     everyone, first = np.unique(pair["matches"][:, 0], return_index=True)
-    i, j = pair["matches"][first][pair["tissue"][everyone]].T
+    i, j = pair["matches"][first][pair["bright"][everyone]].T
     back = np.linalg.inv(pair["H"])
     if not len(i) or abs(back[2, 2]) < 0.3:
         raise NoFigure("the config's moves leave no match of tissue, or put the axial plane on edge; try another seed or less rotation")
@@ -524,8 +535,7 @@ def figures(cfg, device):
 
 
 def main(argv):
-    cfg = configs.load(tasks.Config, argv, foreign=True)
-    cfg.figures = cfg.figures or "all"
+    cfg = probe.load(Config, argv)
     figures(cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 

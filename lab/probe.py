@@ -20,9 +20,33 @@ import data
 import evaluate
 import losses
 import metrics
+import pretrain
 import run
 import tasks
 from model import Swin3D, WeightsError, load_weights, read_file
+
+
+@dataclasses.dataclass
+class Config(pretrain.Config):
+    """The keys of pre-training, which say what the encoder is and what it saw, and those of the probe."""
+    checkpoint: str | tuple = ()    # default runs/<name>/encoder.pt; several are compared; "random": random weights
+    out: str = ""                   # folder of what is written, default runs/<name>
+    probe_random: bool = True       # probe random weights first
+    probe_train: float = 0.5        # share of the scans (the first by id) that train the probe, the rest test it
+    probe_share: float = 0.5        # least share of a token's patch that an organ covers to name it; tiny organs need less
+    probe_limit: int = 1000         # tokens per class that train it
+    probe_crop: tuple = ()          # voxels that the encoder sees at once, () as `crop`; larger is faster
+
+
+def load(Config, argv):
+    """The config that argv names and, over it, the one beside it that says which labelled scans are probed: configs/demo.py and
+    configs/demo_probe.py."""
+    files = [arg for arg in argv if not arg.startswith("--")]
+    beside = [str(Path(file).with_name(f"{Path(file).stem}_probe.py")) for file in files]
+    beside = [file for file in beside if Path(file).is_file()]
+    if beside:
+        print(f"with {', '.join(beside)}")
+    return configs.load(Config, [*files, *beside, *[arg for arg in argv if arg.startswith("--")]])
 
 
 def token_labels(label_map, patch, share=0.15):
@@ -194,20 +218,11 @@ def _most_central(starts, start, crop, patch):
     return np.flatnonzero(np.argmax(depth, 0) == starts.index(start))
 
 
-def probe_source(cfg):
-    """The config with the files of the probe and the figures instead of its own, where it names any."""
-    if cfg.probe_datalist:
-        return dataclasses.replace(cfg, scans=(), image=(), label="", datalist=cfg.probe_datalist)
-    if cfg.probe_image:
-        return dataclasses.replace(cfg, scans=(), datalist="", image=cfg.probe_image, label=cfg.probe_label)
-    return cfg
-
-
 def probe_scans(cfg):
     """Labelled scans of the probe, preprocessed as the config says."""
-    scans = [scan for scan in data.open_scans(probe_source(cfg)) if scan.case["label"]]
+    scans = [scan for scan in data.open_scans(cfg) if scan.case["label"]]
     if len(scans) < 2:
-        raise SystemExit(f"a probe needs at least two labelled scans, found {len(scans)}; give probe_image and probe_label, or probe_datalist")
+        raise SystemExit(f"a probe needs at least two labelled scans, found {len(scans)}; give image and label, or a datalist, in a config of the probe's own: configs/demo_probe.py")
     return scans
 
 
@@ -249,7 +264,7 @@ def probe(cfg, device):
     scans = probe_scans(cfg)
     first = max(1, min(len(scans) - 1, round(cfg.probe_train * len(scans))))
     print(f"probe: {first} scans train, {len(scans) - first} test; tokens of {cfg.token_patch} voxels that show an organ")
-    files = list(data._tuple(cfg.checkpoint)) or [str(Path(cfg.runs) / cfg.name / "encoder.pt")]
+    files = list(data.several(cfg.checkpoint)) or [str(Path(cfg.runs) / cfg.name / "encoder.pt")]
     rows, results = [["encoder", "linear probe", "k-NN", "silhouette cos", "silhouette eucl", "effective rank", "correspondence"]], {}
     for path in dict.fromkeys(["random"] * cfg.probe_random + files):
         encoder = load_encoder(path, cfg, device)
@@ -270,7 +285,7 @@ def probe(cfg, device):
 
 
 def main(argv):
-    cfg = configs.load(tasks.Config, argv, foreign=True)
+    cfg = load(Config, argv)
     out = Path(cfg.out or Path(cfg.runs) / cfg.name)
     results = probe(cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     run.write_json(out / "probe.json", dict(probe=results, config=dataclasses.asdict(cfg), **run.versions()))

@@ -72,7 +72,7 @@ def check_shots(cfg):
         raise SystemExit(f"shots = {cfg.shots}: expected 1 to {cfg.labelled} (labelled)")
     fields = {field.name for field in dataclasses.fields(tasks.Config)}
     keys = {k: v for k, v in cfg.finetune_keys.items() if k in fields} | dict(data=cfg.data, label_fraction=1.0)
-    cases = tasks.split_cases(configs.load(tasks.Config, [cfg.finetune_config, *[f"--{k}={v}" for k, v in keys.items()]], foreign=True))
+    cases = tasks.split_cases(configs.load(tasks.Config, [cfg.finetune_config, *[f"--{k}={v}" for k, v in keys.items()]]))
     subjects = {case["subject"] for case in cases["train"]}
     if len(subjects) != cfg.labelled:
         raise SystemExit(f"labelled = {cfg.labelled}, but {cfg.finetune_config} with finetune_keys trains on {len(subjects)} subjects "

@@ -19,6 +19,7 @@ from einops import rearrange
 
 import configs
 import data
+import evaluate
 import finetune
 import tasks
 from lab.phantom import phantom
@@ -77,8 +78,8 @@ def here(monkeypatch, capsys, folder, root, main, config, *args):
     return capsys.readouterr().out
 
 
-def settings(name, kind=tasks.Config, **keys):
-    return dataclasses.replace(configs.load(kind, [str(HERE / "configs" / f"{name}.py")], foreign=True), **keys)
+def settings(name, kind=evaluate.Config, **keys):
+    return dataclasses.replace(configs.load(kind, [str(HERE / "configs" / f"{name}.py")]), **keys)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

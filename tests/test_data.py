@@ -25,6 +25,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 import data
+import pretrain
 
 HERE = Path(data.__file__).parent
 REAL = os.environ.get("S2DC_REAL_DATA")
@@ -75,7 +76,7 @@ def ends(call, *arguments, **options):
 
 def config(folder, **keys):
     plain = dict(data=str(folder), cache=str(folder / "cache"), workers=1, foreground=-1e9, slab=(16,) * 3, crop=(8,) * 3)
-    return data.Config(**(plain | keys))
+    return pretrain.Config(**(plain | keys))
 
 
 def write_config(folder, keys):
@@ -707,6 +708,7 @@ KILLED = """
 import io, os, sys, time
 import numpy as np
 import data
+import pretrain
 save, count = np.save, 0
 def half(file, array):
     global count
@@ -1091,7 +1093,7 @@ def test_noise_has_its_standard_deviation_and_its_own_seed():
 
 def test_a_sample_changes_alike_alone_and_in_company():
     x = torch.rand(8, 2, 10, 9, 8)
-    cfg = data.Config(**{f"jitter_{k}": (0.6, r) for k, r in dict(shift=0.1, scale=0.2, gamma=0.3, noise=0.05, blur=2.5).items()})
+    cfg = pretrain.Config(**{f"jitter_{k}": (0.6, r) for k, r in dict(shift=0.1, scale=0.2, gamma=0.3, noise=0.05, blur=2.5).items()})
     draws = torch.from_numpy(np.stack([data.draw_jitter(np.random.default_rng(k), cfg) for k in range(8)]))
     assert draws[:, 4].max() > 4 / 3 and 0 < draws[draws[:, 4] > 0, 4].min() < 1            # kernels of different reach
     together = data.jitter(x, draws, torch.arange(8))
@@ -1102,7 +1104,7 @@ def test_a_sample_changes_alike_alone_and_in_company():
 
 def test_draws_follow_their_probabilities_and_ranges():
     chance = dict(shift=(0.1, 0.2), scale=(0.9, 0.3), gamma=(0.5, 0.4), noise=(0.3, 0.05), blur=(0.7, 1.2))
-    cfg = data.Config(**{f"jitter_{k}": v for k, v in chance.items()})
+    cfg = pretrain.Config(**{f"jitter_{k}": v for k, v in chance.items()})
     draws = np.stack([data.draw_jitter(np.random.default_rng(k), cfg) for k in range(3000)])
     np.testing.assert_allclose((draws != np.float32(NEUTRAL)).mean(0), [p for p, _ in chance.values()], atol=0.03)
     low, high = (-0.2, 0.7, 1 / 1.4, 0, 0), (0.2, 1.3, 1.4, 0.05, 1.2)
@@ -1174,10 +1176,10 @@ def same_sample(one, b, other, d):
     """Sample b of one batch is sample d of another, but for the padding that its neighbours ask for."""
     assert one["id"][b] == other["id"][d]
     for key in one:
-        if key not in ("id", "tissue"):
+        if key not in ("id", "cutout"):
             assert torch.equal(one[key][b], other[key][d]), key
-    common = tuple(slice(min(n, m)) for n, m in zip(one["tissue"].shape[1:], other["tissue"].shape[1:]))
-    assert torch.equal(one["tissue"][b][common], other["tissue"][d][common])
+    common = tuple(slice(min(n, m)) for n, m in zip(one["cutout"].shape[1:], other["cutout"].shape[1:]))
+    assert torch.equal(one["cutout"][b][common], other["cutout"][d][common])
 
 
 def test_samples_depend_on_seed_step_and_place_alone(several_scans):

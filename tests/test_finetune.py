@@ -535,7 +535,6 @@ def test_a_list_of_validation_cases_after_test_took_all(refused, small):
     (dict(balance=1.5), "balance = 1.5, expected 0 to 1"),
     (dict(balance=0.5, regions={"all": (1,)}), "balance acts on segmentation of `labels` alone"),
     (dict(blend="linear"), "blend = 'linear', expected 'gaussian' or 'constant'"),
-    (dict(part="all"), "part = 'all', expected 'train', 'val' or 'test'"),
 ])
 def test_keys_that_cannot_be(refused, keys, text):
     assert refused(keys).startswith(text)

@@ -14,7 +14,6 @@ from einops import rearrange
 import configs
 import data
 import evaluate
-import tasks
 from lab import figures, probe
 from model import Swin3D
 from run import save
@@ -63,7 +62,7 @@ def folder(tmp_path_factory):
 
 
 def load(folder, *argv):
-    return configs.load(tasks.Config, [str(folder / "x.py"), *argv], foreign=True)
+    return configs.load(figures.Config, [str(folder / "x.py"), *argv])
 
 
 def draw(folder, names, *argv, out="other"):

@@ -12,7 +12,6 @@ from conftest import HERE, NETWORK, flags, script
 import configs
 import data
 import pretrain
-import tasks
 from lab import probe, study
 from lab.phantom import write as write_phantoms
 
@@ -37,9 +36,9 @@ def test_the_studies_of_real_scans_probe_patients_that_pretraining_has_not_seen(
     keys = asked.pretrain_keys | dict(data=os.environ["S2DC_REAL_DATA"])
     script = configs.load(pretrain.Config, [str(HERE / asked.pretrain_config), *flags(**keys)])         # takes every key
     seen = [str(file) for case in data.find_cases(script) for file in case["images"]]
-    keys = {key: value for key, value in keys.items() if hasattr(tasks.Config(), key)} | asked.probe_keys
-    cfg = configs.load(tasks.Config, [str(HERE / asked.pretrain_config), *flags(**keys)], foreign=True)
-    cases = [case for case in data.find_cases(probe.probe_source(cfg)) if case["label"]]
+    argv = [str(HERE / asked.pretrain_config), *flags(**keys | asked.probe_keys)]
+    cfg = probe.load(probe.Config, argv)
+    cases = [case for case in data.find_cases(cfg) if case["label"]]
     held_out = cases[max(1, round(cfg.probe_train * len(cases))):]
     assert len(seen) == train and len(held_out) == len(tested)
     assert all(want in str(case["images"]) for want, case in zip(tested, held_out))
@@ -57,8 +56,8 @@ name, seeds, jobs, labelled = "study", (5,), 2, 2
 pretrain_config, finetune_config = {str(HERE / "configs/demo.py")!r}, {str(HERE / "configs/demo_segmentation.py")!r}
 rows = {{"random": None, "in plane": {{"rotation": (0, 0, 20.0)}}}}
 shot_rows = "random", "in plane"
-pretrain_keys = {small | dict(slab=(64, 64, 64), probe_crop=(64, 64, 64), steps=2, warmup=1, hidden=8, embedding=8, save_every=2)!r}
-probe_keys = {{"probe_train": 0.3}}
+pretrain_keys = {small | dict(slab=(64, 64, 64), steps=2, warmup=1, hidden=8, embedding=8, save_every=2)!r}
+probe_keys = {{"probe_train": 0.3, "probe_crop": (64, 64, 64)}}
 finetune_keys = {small | dict(steps=1, warmup=0, val="train_002", test="unseen_050", exclude=("unseen_05[123]",), overlap=0.0)!r}
 workers = 0
 """)

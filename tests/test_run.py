@@ -52,9 +52,9 @@ def test_pretraining_depends_on_every_key_but_those_that_say_where_and_how_fast(
     other = copy.copy(pretrain.Config())
     setattr(other, key, "else")
     if key in ("data", "runs", "cache", "workers", "compile", "log_every", "save_every", "keep"):
-        assert run.resume(tmp_path, other, pretrain.FREE_ON_RESUME)["step"] == 4
+        assert run.resume(tmp_path, other, pretrain.FREE)["step"] == 4
     else:
-        assert f": {key} was " in ends(run.resume, tmp_path, other, pretrain.FREE_ON_RESUME)
+        assert f": {key} was " in ends(run.resume, tmp_path, other, pretrain.FREE)
 
 
 def test_log_forgets_what_the_checkpoint_does_not_know(tmp_path):

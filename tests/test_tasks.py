@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import CCII, NETWORK, SMALL, lay_cc_ccii, nifti, perfect, settings
+from conftest import CCII, NETWORK, lay_cc_ccii, nifti, perfect, settings
 from einops import rearrange
 
 import data
@@ -71,39 +71,10 @@ def test_sliding_window_accumulates_bfloat16_in_float32():
     torch.testing.assert_close(found, volume * 3, rtol=0, atol=1e-5)      # bfloat16 sums would be off by 1e-2
 
 
-@pytest.mark.parametrize("blend", ["gaussian", "constant"])
-def test_sliding_window_skips_background_windows(blend):
-    torch.manual_seed(1)
-    network, volume = torch.nn.Conv3d(1, 2, 3, padding=1), torch.randn(1, 1, 26, 19, 5)
-    foreground = torch.zeros(26, 19, 5, dtype=torch.bool)
-    foreground[1:3, 2:5, 1] = foreground[20:22, 16:18, 3] = True
-    runs = []
-    def counted(x):
-        runs.append(len(x))
-        return network(x)
-    found = tasks.sliding_window(counted, volume, 8, 0.5, 2, blend, foreground, outside=(7.0, -7.0))
-
-    padded = torch.nn.functional.pad(volume, (1, 2))                      # z: 5 -> 8, the smaller half in front
-    mask = torch.nn.functional.pad(foreground, (1, 2))
-    axis = np.exp(-0.5 * ((np.arange(8) - 3.5) / 1.0) ** 2)
-    weight = np.maximum(axis[:, None, None] * axis[:, None] * axis, 1e-3) if blend == "gaussian" else np.ones((8, 8, 8))
-    total, norm, windows = np.zeros((2, 26, 19, 8)), np.zeros((26, 19, 8)), 0
-    for x, y in itertools.product((0, 4, 8, 12, 16, 18), (0, 4, 8, 11)):
-        if mask[x:x + 8, y:y + 8].any():
-            with torch.no_grad():
-                total[:, x:x + 8, y:y + 8] += network(padded[:, :, x:x + 8, y:y + 8])[0].double().numpy() * weight
-            norm[x:x + 8, y:y + 8] += weight
-            windows += 1
-    expected = np.where(norm > 0, total / np.where(norm > 0, norm, 1), np.array([7, -7]).reshape(2, 1, 1, 1))[..., 1:6]
-    assert sum(runs) == windows < 24 and (norm == 0).any()
-    np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-5)
-
-
 @pytest.mark.parametrize("change, text", [
     (dict(volume=torch.zeros(1, 8, 8, 8)), "volume"), (dict(overlap=1.0), "overlap"), (dict(window=(4, 4)), "three"),
     (dict(blend="linear"), "linear"), (dict(store="gpu"), "gpu"), (dict(predict=lambda x: x[:, :, 1:]), "predict must return"),
-    (dict(foreground=torch.zeros(8, 8, 8)), "no True voxel"), (dict(foreground=torch.zeros(8, 8, 9)), "foreground"),
-    (dict(outside=(1, 2, 3)), "outside"), (dict(batch=0), "batch"), (dict(window=0), "window")])
+    (dict(batch=0), "batch"), (dict(window=0), "window")])
 def test_sliding_window_refuses(change, text):
     given = dict(predict=lambda x: x, volume=torch.zeros(1, 1, 8, 8, 8), window=4, overlap=0.5, batch=2) | change
     with pytest.raises(ValueError, match=text) as error:
@@ -340,23 +311,20 @@ def test_a_perfect_prediction_scores_1_on_both_grids_and_is_the_label_file(organ
     stored = set()
     for scan in found:
         ready = perfect(scan, cfg)
-        scores = tasks.score_segmentation(ready, scan, cfg, full=True)
+        scores = tasks.score_segmentation(ready, scan, cfg, ("original", "hd95", "ssim"))
         for grid in ("preprocessed", "original"):
             assert list(scores[grid]["dice"].values()) == [1.0] * 14 and list(scores[grid]["hd95"].values()) == [0.0] * 14
-        evaluate.write_prediction(tmp_path, scan, ready, dataclasses.replace(cfg, probabilities=True))
+        evaluate.write_prediction(tmp_path, scan, ready, cfg)
         written, truth = nib.load(tmp_path / f"{scan.id}.nii.gz"), nib.load(scan.case["label"])
         np.testing.assert_array_equal(np.asarray(written.dataobj), np.asarray(truth.dataobj))
         np.testing.assert_array_equal(written.affine, truth.affine)
-        several = nib.load(tmp_path / f"{scan.id}_probabilities.nii.gz")
-        np.testing.assert_array_equal(several.get_fdata().argmax(-1), np.asarray(truth.dataobj))
-        np.testing.assert_array_equal(several.affine, truth.affine)
         stored.add("".join(nib.aff2axcodes(written.affine)))
     assert stored == {"LPS", "PSR"}
 
 
 def test_a_resampled_perfect_prediction_stays_close_on_the_scans_own_voxels(organs):
     (scan,), cfg = organs(("002",), spacing=(3.0, 5.0, 4.0))
-    scores = tasks.score_segmentation(perfect(scan, cfg), scan, cfg, full=True)
+    scores = tasks.score_segmentation(perfect(scan, cfg), scan, cfg, ("original", "hd95", "ssim"))
     assert set(scores["preprocessed"]["dice"].values()) == {1.0}
     assert 0.85 < scores["original"]["dice"]["mean"] < 1 and scores["original"]["dice"]["liver"] > 0.95
 
@@ -369,7 +337,7 @@ def test_hand_made_dice_and_absent_classes(scans):
     guess[4:8, 2:6, 2:6] = 1                                # 64, half of them in common
     guess[0, 0, 0] = 2                                      # absent from the truth alone; 3 from both
     ready = rearrange(torch.nn.functional.one_hot(torch.from_numpy(guess), 4), "x y z k -> k x y z").float()
-    for grid, scores in tasks.score_segmentation(ready, scan, cfg, full=True).items():
+    for grid, scores in tasks.score_segmentation(ready, scan, cfg, ("original", "hd95", "ssim")).items():
         assert scores["dice"]["cube"] == 0.5 and scores["dice"]["ghost"] == 0 and np.isnan(scores["dice"]["nothing"])
         assert scores["dice"]["mean"] == 0.25               # NaN is left out, 0 is not
         assert scores["hd95"]["cube"] == 2.0 and scores["hd95"]["ghost"] == np.inf and np.isnan(scores["hd95"]["nothing"])
@@ -383,7 +351,7 @@ def test_regions_overlap_and_are_painted_so_that_none_is_lost(scans, tmp_path):
     (scan,), cfg = scans([label], **keys)
     ready = perfect(scan, cfg)
     assert [int(mask.sum()) for mask in ready] == [64, 384, 8]          # TC, WT, ET
-    scores = tasks.score_segmentation(ready, scan, cfg, full=True)
+    scores = tasks.score_segmentation(ready, scan, cfg, ("original", "hd95", "ssim"))
     assert all(list(scores[grid]["dice"].values()) == [1.0] * 4 for grid in scores)
     evaluate.write_prediction(tmp_path, scan, ready, cfg)
     np.testing.assert_array_equal(nib.load(tmp_path / "0.nii.gz").get_fdata(), label)
@@ -415,7 +383,7 @@ def test_each_channel_is_padded_with_its_own_value(scans, tmp_path):
         seen.append(x.clone())
         return torch.zeros(len(x), 2, *x.shape[2:])
     network.eval = lambda: None
-    tasks.predict([network], scan, cfg, torch.device("cpu"))
+    tasks.predict(network, scan, cfg, torch.device("cpu"))
     np.testing.assert_allclose(scan.fill, [-1, 3])
     inside = seen[0][0, :, 27:37, 17:47, 12:52]
     np.testing.assert_allclose(inside, scan.open().astype(np.float32), atol=1e-5)
@@ -427,7 +395,7 @@ def test_flips_average_the_eight_mirrored_outputs(organs):
     (scan,), cfg = organs(("001",))
     torch.manual_seed(0)
     network = SwinUNETR(1, 14, **NETWORK).eval()
-    found = tasks.predict([network], scan, dataclasses.replace(cfg, flips=True), torch.device("cpu"))
+    found = tasks.predict(network, scan, dataclasses.replace(cfg, flips=True), torch.device("cpu"))
     volume, total = torch.from_numpy(np.ascontiguousarray(scan.open())).float()[None], 0
     missing = [64 - n for n in scan.shape]
     before = [m // 2 for m in missing]
@@ -438,24 +406,6 @@ def test_flips_average_the_eight_mirrored_outputs(organs):
         with torch.no_grad():
             total += network(padded).softmax(1)[:, :, x, y, z].flip(axes)
     torch.testing.assert_close(found, total[0] / 8, rtol=0, atol=1e-4)
-
-
-def test_windows_of_background_are_not_run(tmp_path, monkeypatch):
-    monkeypatch.setenv("S2DC_DATA", str(tmp_path))
-    body = np.full((160, 64, 64), -1000)
-    body[10:50, 10:50, 10:50] = 40
-    for part, voxels in (("img", body), ("lab", body > 0)):
-        nifti(tmp_path / f"s0_{part}.nii.gz", voxels)
-    cfg = settings("demo_segmentation", **SMALL | dict(cache=str(tmp_path / "cache"), crop_foreground=False), overlap=0.5, windows=1)
-    (scan,), seen = data.open_scans(cfg, say=lambda *_: None), []
-
-    class Everywhere(torch.nn.Module):
-        def forward(self, x):                               # says class 1, wherever it is asked
-            seen.append(x.shape)
-            return torch.stack([-x[:, 0] * 0, x[:, 0] * 0 + 5], 1)
-    everything, some = (tasks.predict([Everywhere()], scan, dataclasses.replace(cfg, skip_background=skip), torch.device("cpu")) for skip in (False, True))
-    assert len(seen) == 4 + 2                               # windows from 0, 32, 64 and 96; the box ends before 50
-    assert (everything[1] > 0.99).all() and (some[1, :96] > 0.99).all() and (some[1, 96:] < 0.01).all() and (some[0, 96:] > 0.99).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -479,7 +429,7 @@ def pair(tmp_path, monkeypatch):
 
 def test_the_target_itself_scores_perfectly(pair):
     scan, cfg, truth, _ = pair
-    scores = tasks.score_image(truth, scan, cfg, full=True)["preprocessed"]
+    scores = tasks.score_image(truth, scan, cfg, ("original", "hd95", "ssim"))["preprocessed"]
     assert all(scores["psnr"][part] == np.inf and scores["nmse"][part] == 0 for part in ("whole", "pasted", "tissue"))
     assert scores["ssim"]["whole"] == pytest.approx(1) and scores["psnr"]["input"] < 100
 
@@ -491,7 +441,7 @@ def test_pasted_tissue_and_input_by_closed_form(pair, reach):
     n, k = truth.numel(), int(inside.sum())
     assert k == 9 * 8 * 5
     guess = truth + torch.where(inside, 0.1, 0.3)           # the error within and around
-    scores = tasks.score_image(guess, scan, dataclasses.replace(cfg, data_range=reach), full=True)["preprocessed"]
+    scores = tasks.score_image(guess, scan, dataclasses.replace(cfg, data_range=reach), ("original", "hd95", "ssim"))["preprocessed"]
     span = reach or float(truth.max() - truth.min())
     left = float(((image - truth) ** 2).sum())
     errors = {"whole": k * 0.01 + (n - k) * 0.09, "pasted": k * 0.01, "tissue": k * 0.01, "input": left}
