@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from itertools import permutations, product
+from itertools import combinations, permutations, product
 from pathlib import Path
 
 import nibabel as nib
@@ -21,6 +21,7 @@ import nibabel.processing
 import numpy as np
 import pytest
 import torch
+from conftest import STILL
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
@@ -678,10 +679,15 @@ def test_positions_are_spread_over_large_classes():
 def test_every_preprocessing_key_has_its_own_folder(tmp_path):
     other = dict(intensity="zscore", window=(0.0, 1.0), zscore_over="volume", foreground=3.0, crop_foreground=False,
                  spacing=(1.0, 1.0, 1.0), resize=(9, 9, 9), labels={1: "a"}, remap={1: 2}, dataset="x")
-    plain = data.cache_folder(config(tmp_path))
-    folders = {plain} | {data.cache_folder(config(tmp_path, **{key: value})) for key, value in other.items()}
-    assert len(folders) == 1 + len(other) and set(other) == {*data.PREPROCESSING_KEYS, "dataset"}
-    assert data.cache_folder(config(tmp_path, slab=(8, 8, 8), rotation=(0.0, 0.0, 0.0))) == plain
+    assert set(other) == {*data.PREPROCESSING_KEYS, "dataset"}
+    folders = lambda **read: [data.cache_folder(config(tmp_path, **read, **keys))
+                              for keys in ({}, *({key: value} for key, value in other.items()))]
+    for read in (dict(label="{id}.nii"), dict(datalist="x.json")):
+        assert len(set(folders(**read))) == 1 + len(other)
+    for read in (dict(scans="*"), dict(datalist="x.json", datalist_label="")):      # without a label its names say nothing
+        assert len(set(folders(**read))) == 1 + len(other) - 2
+    plain, aside = folders(scans="*", slab=(16, 16, 16))[0], folders(scans="*", slab=(8, 8, 8), rotation=(0.0, 0.0, 0.0))[0]
+    assert plain == aside
 
 
 def test_a_changed_file_is_done_again_and_nothing_else(tmp_path):
@@ -1304,20 +1310,57 @@ def test_a_batch_keeps_large_label_ids_beside_small_ones(labelled_scans):
     assert batch["label"][1][:, :5, :5, :5].unique().tolist() == [300] and batch["label"].max().item() == 300
 
 
-def test_positive_crops_are_centred_on_labelled_voxels_of_every_class(labelled_scans):
-    scans, cfg = labelled_scans
-    none = (0.0, 0.0, 0.0)
-    still = dataclasses.replace(cfg, rotation=none, scale=(1.0, 1.0), shear=0.0, shift=none, flip=none)
-    still.crops_per_case = 1
-    found = {}
-    for share in (0.0, 1.0):
-        still.positive = share
-        crops = data.Crops(scans[:1], still, batch=1, seed=0)
-        batch = data.collate([crops[step, 0] for step in range(120)])
-        label = data.moved_crops(batch, still)[1]
-        found[share] = label[:, 0, 8, 6, 5].numpy(), label[:, 0].flatten(1)
-    # the middle of a crop that the scan's border did not push away is the voxel aimed at
-    centred, anywhere = found[1.0][0], found[0.0][0]
-    assert (centred > 0).mean() > 0.75 and (anywhere > 0).mean() < 0.65
-    counts = np.bincount(centred[centred > 0], minlength=4)[1:]
-    assert counts.min() > 15                                        # each class as likely
+@pytest.mark.parametrize("moves", [STILL, dict(rotation=(0.0, 0.0, 15.0), scale=(0.9, 1.1), flip=(0.2, 0.2, 0.2))])
+def test_every_positive_crop_shows_the_class_that_was_drawn(scans, moves):
+    label = np.zeros((60, 60, 60))
+    label[12, 13, 14], label[44:47, 46, 45] = 1, 2                  # farther apart than a crop: it can hold one of them alone
+    found, cfg = scans([label], positive=1.0, crops_per_case=1, **moves)
+    crops = data.Crops(found, cfg, 1, 0)
+    labels = [data.moved_crops(data.collate([crops[step, 0]]), cfg)[1][0, 0] for step in range(60)]
+    shown = [set(label.unique().tolist()) - {0} for label in labels]
+    assert all(len(ids) == 1 for ids in shown)
+    assert 15 < shown.count({1}) < 45                               # each as likely, whatever its size
+    if moves is STILL:                                              # the voxel aimed at is the middle one
+        assert all({int(label[10, 10, 10])} == ids for label, ids in zip(labels, shown))
+
+
+def test_the_share_of_positive_crops(scans):
+    label = np.zeros((60, 60, 60))
+    label[30, 30, 30] = 1
+    for share, least, most in ((0.0, 0, 25), (0.5, 40, 80)):        # of 100; by chance a crop shows the middle in 12 %
+        found, cfg = scans([label], positive=share, crops_per_case=1, **STILL)
+        crops = data.Crops(found, cfg, 1, 0)
+        assert least <= sum(bool(crops[step, 0]["label"].any()) for step in range(100)) <= most
+
+
+def same_item(a, b):
+    return a["id"] == b["id"] and all(torch.equal(a[key], b[key]) for key in a if key != "id")
+
+
+def test_a_crop_depends_on_seed_step_and_place_alone(scans):
+    rng = np.random.default_rng(0)
+    found, cfg = scans([rng.random((30, 30, 30)) > 0.9 for _ in range(3)], crops_per_case=2)
+    places = [(step, place) for step in range(3) for place in range(4)]
+    first, second, other = (data.Crops(found, cfg, 4, seed) for seed in (7, 7, 8))
+    items = {p: first[p] for p in places}
+    assert all(same_item(second[p], items[p]) for p in places[::-1])
+    assert not any(same_item(items[a], items[b]) for a, b in combinations(places, 2))
+    assert not any(same_item(other[p], items[p]) for p in places)
+    for step in range(3):                                           # the two crops of a case
+        assert items[step, 0]["id"] == items[step, 1]["id"] and items[step, 2]["id"] == items[step, 3]["id"]
+    order = [items[step, place]["id"] for step in range(3) for place in (0, 2)]
+    assert sorted(order[:3]) == sorted(order[3:]) == ["0", "1", "2"]    # an epoch visits every case
+
+
+def test_scans_without_an_object_and_smaller_than_a_crop(scans):
+    block = np.zeros((6, 9, 30))
+    block[3, 4, 20] = 1
+    found, cfg = scans([np.zeros((30, 30, 30)), block], positive=1.0, crops_per_case=1, **STILL)
+    crops = data.Crops(found, cfg, 1, 0)
+    for step in range(8):
+        item = crops[step, 0]
+        image, label, _ = data.moved_crops(data.collate([item]), cfg)
+        assert image.shape == (1, 1, 20, 20, 20) and label.any() == (item["id"] == "1")
+        if item["id"] == "1":                                       # centred; around the scan its least value
+            assert label[0, 0, 10, 9, :].any()
+            np.testing.assert_allclose(np.delete(image[0, 0].numpy(), np.s_[7:13], 0), -1, atol=1e-6)

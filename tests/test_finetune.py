@@ -20,7 +20,6 @@ from conftest import (
     NETWORK,
     SHORT,
     SMALL,
-    STILL,
     TABLE,
     command,
     drawn,
@@ -35,7 +34,6 @@ from conftest import (
     settings,
     weights,
 )
-from einops import rearrange
 
 import configs
 import data
@@ -635,63 +633,3 @@ def test_layer_decay_gives_each_stage_its_factor():
         else:
             power = next((k for start, k in powers.items() if name.startswith(start + ".")), 0)
             assert found[id(p)] == (0.5 ** power, 0.01 if p.ndim > 1 else 0.0), name
-
-
-@pytest.mark.parametrize("moves", [STILL, dict(rotation=(0.0, 0.0, 15.0), scale=(0.9, 1.1), flip=(0.2, 0.2, 0.2))])
-def test_every_positive_crop_shows_the_class_that_was_drawn(scans, moves):
-    label = np.zeros((60, 60, 60))
-    label[12, 13, 14], label[44:47, 46, 45] = 1, 2          # farther apart than a crop: it can hold one of them alone
-    found, cfg = scans([label], positive=1.0, crops_per_case=1, **moves)
-    crops = data.Crops(found, cfg, 1, 0)
-    shown = [torch.unique(data.moved_crops(data.collate([crops[step, 0]]), cfg)[1]).tolist() for step in range(60)]
-    kinds = [set(ids) - {0} for ids in shown]
-    assert all(len(kind) == 1 for kind in kinds) and 15 < sum(kind == {1} for kind in kinds) < 45
-
-
-def test_image_and_label_go_through_one_matrix(scans):
-    x = rearrange(np.indices((40, 44, 36)), "c x y z -> x y z c")
-    label = (((x - [18, 22, 17]) / [11, 7, 9]) ** 2).sum(-1) < 1
-    found, cfg = scans([label], rotation=(40.0, 40.0, 40.0), scale=(0.7, 1.3), shear=0.2, shift=(5.0, 5.0, 5.0),
-                       flip=(0.5, 0.5, 0.5), crop=(32, 32, 32))
-    crops = data.Crops(found, cfg, 8, 1)
-    image, label, _ = data.moved_crops(data.collate([crops[step, 0] for step in range(8)]), cfg)
-    assert torch.equal(label[image > 0.999], torch.ones_like(label[image > 0.999]))        # all eight neighbours are 1
-    assert not label[image.abs() < 1e-3].any()
-    assert ((image > 0.5) == (label > 0)).float().mean() > 0.995 and (label > 0).float().mean() > 0.02
-    grid = torch.stack(torch.meshgrid(*[torch.arange(32.0)] * 3, indexing="ij"))
-    centre = [(grid * weight.clamp(0, 1)).sum((2, 3, 4)) / weight.clamp(0, 1).sum((2, 3, 4)) for weight in (image, label.float())]
-    torch.testing.assert_close(centre[0], centre[1], rtol=0, atol=0.1)
-
-
-def same(a, b):
-    return a["id"] == b["id"] and all(torch.equal(a[key], b[key]) for key in a if key != "id")
-
-
-def test_a_crop_depends_on_seed_step_and_place_alone(scans):
-    rng = np.random.default_rng(0)
-    found, cfg = scans([(rng.random((30, 30, 30)) > 0.9) * 1.0 for _ in range(3)], crops_per_case=2)
-    where = [(step, place) for step in range(3) for place in range(4)]
-    first, second = data.Crops(found, cfg, 4, 7), data.Crops(found, cfg, 4, 7)
-    items = {w: first[w] for w in where}
-    assert all(same(second[w], items[w]) for w in where[::-1])
-    assert not any(same(items[a], items[b]) for a, b in itertools.combinations(where, 2))
-    assert not any(same(data.Crops(found, cfg, 4, 8)[w], items[w]) for w in where)
-    for step in range(3):                                   # the two crops of a case, and an epoch visits every case
-        assert items[step, 0]["id"] == items[step, 1]["id"] and items[step, 2]["id"] == items[step, 3]["id"]
-    order = [items[step, place]["id"] for step in range(3) for place in (0, 2)]
-    assert sorted(order[:3]) == sorted(order[3:]) == ["0", "1", "2"]
-
-
-def test_scans_without_an_object_and_smaller_than_a_crop(scans):
-    label = np.zeros((30, 30, 30))
-    block = np.zeros((6, 9, 30))
-    block[3, 4, 20] = 1
-    found, cfg = scans([label, block], positive=1.0, crops_per_case=1, **STILL)
-    crops = data.Crops(found, cfg, 1, 0)
-    for step in range(8):
-        item = crops[step, 0]
-        image, label, _ = data.moved_crops(data.collate([item]), cfg)
-        assert image.shape == (1, 1, 20, 20, 20) and label.any() == (item["id"] == "1")
-        if item["id"] == "1":                               # centred; around the scan its least value
-            assert label[0, 0, 10, 9, :].any()
-            np.testing.assert_allclose(np.delete(image[0, 0].numpy(), np.s_[7:13], 0), -1, atol=1e-6)
