@@ -1,7 +1,6 @@
-"""What every training run does alike: process group, learning rate, resuming, the log, checkpoints, commit and versions.
+"""What every training run does alike; functions only, the loops stand in pretrain.py and finetune.py.
 
-Functions only: the loops stand in pretrain.py and finetune.py. A run's folder is runs/<name>; `rank` counts the processes of a
-run, `local` those on one machine.
+A run's folder is runs/<name>; `rank` counts its processes, `local` those on one machine.
 """
 import dataclasses
 import datetime
@@ -16,18 +15,44 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import configs
 from model import WeightsError, read_file
 
 
+def refuse(rules):
+    """Exit with the text of the first of the rules (fine, text) that is not kept."""
+    for fine, text in rules:
+        if not fine:
+            raise SystemExit(text)
+
+
+def check_training(cfg, ranks):
+    """Refuse the keys that no training can run with, one line each."""
+    refuse([
+        (cfg.accumulate > 0 and cfg.batch > 0 and cfg.batch % (ranks * cfg.accumulate) == 0,
+         f"batch = {cfg.batch} does not divide into {ranks} processes x {cfg.accumulate} accumulated passes"),
+        (min(cfg.steps, cfg.log_every, cfg.save_every) > 0,
+         "steps, log_every and save_every must be above 0"),
+        (cfg.lr > 0 and cfg.clip > 0, f"lr = {cfg.lr} and clip = {cfg.clip}, expected both above 0"),
+        (min(cfg.warmup, cfg.min_lr, cfg.decay, cfg.seed) >= 0,
+         "warmup, min_lr, decay and seed must not be below 0"),
+        (not cfg.init or Path(cfg.init).is_file(), f"init = {cfg.init!r}, no such file"),
+    ])
+
+
 def processes():
     """(rank, ranks, local) as torchrun set them; (0, 1, 0) for a single process."""
-    return tuple(int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    return tuple(int(os.environ.get(*key)) for key in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+
+def silent(*_):
+    """The `print` of every process but the first."""
 
 
 def join(ranks, local, folder, first):
-    """Device of this process, after all processes of the run have met; exits when they would go on from different steps."""
+    """Device of this process, after all have met; exits when they would go on from different steps."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
@@ -37,12 +62,28 @@ def join(ranks, local, folder, first):
         seen = [None] * ranks
         dist.all_gather_object(seen, first)                         # waits for all, too
         if len(set(seen)) > 1:
-            raise SystemExit(f"the ranks would go on from steps {sorted(set(seen))}: all machines must see the same {folder}")
+            raise SystemExit(f"the ranks would go on from steps {sorted(set(seen))}: "
+                             f"all machines must see the same {folder}")
     return device
 
 
+def parallel(network, ranks, device):
+    """The network, or around it what averages the gradients of several processes in backward."""
+    if ranks == 1:
+        return network
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(network, devices, forward_sync_buffers=False)
+
+
+def batches(samples, cfg, rank, ranks, first, collate):
+    """Iterator over the batches of this rank from step `first` on."""
+    mine = list(places(cfg, rank, ranks, first))
+    return iter(torch.utils.data.DataLoader(samples, batch_sampler=mine, num_workers=cfg.workers,
+                                            collate_fn=collate, pin_memory=torch.cuda.is_available()))
+
+
 def lr_at(step, cfg):
-    """Learning rate of step 0 .. steps - 1: linear warm-up, then half a cosine down to min_lr. A pure function of the step."""
+    """Learning rate of step 0 .. steps - 1, by the step alone: linear warm-up, then half a cosine."""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
     progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
@@ -58,10 +99,10 @@ def places(cfg, rank, ranks, first):
 
 
 def resume(folder, cfg, free):
-    """State of <folder>/last.pt, or None for a new run; exits when the run depends on something else than it did.
+    """State of <folder>/last.pt, None for a new run; exits when a key that the run depends on has changed.
 
-    free: the keys that a run does not depend on. A key that the checkpoint lacks had its default; one that the code has lost
-    is not asked for.
+    free: the keys that it does not depend on. A key that the checkpoint lacks had its default; one that the
+    code has lost is not asked for.
     """
     path = folder / "last.pt"
     if not path.exists():
@@ -72,14 +113,15 @@ def resume(folder, cfg, free):
         raise SystemExit(str(error)) from None
     now, then = dataclasses.asdict(cfg), dataclasses.asdict(type(cfg)()) | state["config"]
     changed = [key for key in now if key not in free and then[key] != now[key]]
+    said = "; ".join(f"{key} was {then[key]!r}, now {now[key]!r}" for key in changed[:4])
     if changed:
-        said = "; ".join(f"{key} was {then[key]!r}, now {now[key]!r}" for key in changed[:4])
-        raise SystemExit(f"{path} belongs to another configuration: {said}. Give --name=another, or remove {folder}")
+        raise SystemExit(f"{path} belongs to another configuration: {said}. "
+                         f"Give --name=another, or remove {folder}")
     return state
 
 
 def start_log(folder, cfg, first, origin):
-    """The resolved config in config.py, and a log that ends at step `first`, from where the run goes on, then says `origin`."""
+    """config.py as resolved; a log that ends at step `first`, where the run goes on, then says `origin`."""
     folder.mkdir(parents=True, exist_ok=True)
     with configs.replacing(folder / "config.py") as aside:
         aside.write_text(f'"""{folder.name}, as resolved."""\n{configs.dump(cfg)}\n')
@@ -92,8 +134,9 @@ def start_log(folder, cfg, first, origin):
 
 def write_log(folder, line):
     """One more line of log.jsonl."""
+    line = {key: round(value, 7) if isinstance(value, float) else value for key, value in line.items()}
     with open(folder / "log.jsonl", "a") as log:
-        log.write(json.dumps({key: round(v, 7) if isinstance(v, float) else v for key, v in line.items()}) + "\n")
+        log.write(json.dumps(line) + "\n")
 
 
 def save(path, state):
@@ -103,41 +146,41 @@ def save(path, state):
 
 
 def last_good(folder):
-    """What to say of the checkpoint when a run has to stop."""
+    """What to say of the checkpoint when a run has to stop: names one only where there is one."""
     path = folder / "last.pt"
     return f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
 
 
 def write_json(path, content):
     """JSON, written as a whole or not at all; arrays become lists."""
+    text = json.dumps(content, indent=1, default=lambda v: v.tolist() if hasattr(v, "tolist") else list(v))
     path.parent.mkdir(parents=True, exist_ok=True)
     with configs.replacing(path) as aside:
-        aside.write_text(json.dumps(content, indent=1, default=lambda v: v.tolist() if hasattr(v, "tolist") else list(v)))
+        aside.write_text(text)
 
 
 def versions():
-    """What a result was made with: library versions, commit of this repository or "unknown", device, command line, time."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-    return dict(torch=str(torch.__version__), numpy=np.__version__, python=sys.version.split()[0], device=device,
-                commit=commit(), argv=sys.argv, started=datetime.datetime.now().isoformat(timespec="seconds"))
-
-
-def commit():
-    """Commit of this repository, with "-dirty" where files differ from it, or "unknown"."""
+    """What a result was made with: library versions, device, command line, time, commit of this repository
+    (with "-dirty" where files differ from it) or "unknown"."""
     command = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True)
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:                                                 # no git on this machine
-        return "unknown"
-    return said.stdout.strip() or "unknown"
+        commit = ""
+    device = f"cpu, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    started = datetime.datetime.now().isoformat(timespec="seconds")
+    return dict(torch=str(torch.__version__), numpy=np.__version__, python=sys.version.split()[0],
+                device=device, commit=commit or "unknown", argv=sys.argv, started=started)
 
 
 def clock(seconds):
     """Seconds as '3 h 05 min', '4 min 10 s' or '9 s'."""
-    seconds = int(max(0, seconds))
-    if seconds >= 3600:
-        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
-    return f"{seconds // 60} min {seconds % 60:02d} s" if seconds >= 60 else f"{seconds} s"
+    minutes, seconds = divmod(int(max(0, seconds)), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
 def memory_gb():

@@ -117,7 +117,8 @@ def checkpoint_file(path, cfg, seed, subjects=(), **other):
     for p in network.parameters():                          # untrained outputs hardly differ
         p.data *= 1.5
     path.parent.mkdir(parents=True, exist_ok=True)
-    save(path, finetune.checkpoint(network, cfg, 0, 0.0, list(subjects), dataclasses.asdict(cfg) | other, run.versions()))
+    content = finetune.checkpoint(network, cfg, 0, 0.0, list(subjects), run.versions())
+    save(path, content | {"config": content["config"] | other})
     return network.eval()
 
 

@@ -132,27 +132,31 @@ def flat(tree, name=""):
     return {name: tree}
 
 
-def assert_follows(run, other):
-    """All weights, the queue, the logged terms and the gradients agree, which were computed in another order.
-
-    AdamW turns a gradient below the rounding into a step of full size, either way: so the learning rate is small, and the running
-    means of the gradients, which it does not scale, are compared too.
-    """
-    a, b = last(run), last(other)
-    assert a["step"] == b["step"] and a["queue_count"] == b["queue_count"]
-    for part in ("student", "teacher", "queue"):
-        mine, theirs = flat(a[part]), flat(b[part])
-        assert mine.keys() == theirs.keys()
-        for name in mine:
-            torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=1e-4, msg=lambda m: f"{part}{name}: {m}")
-    mine, theirs = (torch.cat([s["exp_avg"].flatten() for s in state["optimizer"]["state"].values()]) for state in (a, b))
-    assert (mine - theirs).norm() < 1e-3 * theirs.norm()
+def assert_equal(run, other):
+    """Everything that a run goes on from is equal bit for bit; what is logged, a mean over ranks or passes, to rounding."""
+    mine, theirs = ({k: v for k, v in flat(last(each)).items() if not k.startswith("/config/")} for each in (run, other))
+    assert mine.keys() == theirs.keys() and len([k for k in mine if k.startswith("/optimizer/state/")]) > 100
+    for key, value in mine.items():
+        assert torch.equal(value, theirs[key]) if torch.is_tensor(value) else value == theirs[key], key
     (_, lines), (_, others) = log(run), log(other)
     assert [line["step"] for line in lines] == [line["step"] for line in others]
-    for mine, theirs in zip(lines, others):                         # accuracy is a mean of shares, of other sets of tokens
-        for key in (*TERMS, "matches", "spread", "lr"):
-            assert mine[key] == pytest.approx(theirs[key], abs=1e-4), (mine["step"], key)
-        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    for line, expected in zip(lines, others):                       # accuracy is a mean of shares, of other sets of tokens
+        for key in (*TERMS, "matches", "spread", "lr", "grad_norm"):
+            assert line[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), (line["step"], key)
+
+
+def assert_same_gradient(run, other):
+    """After one step: the gradient, of which AdamW keeps a tenth, and the losses agree to the rounding of float32.
+
+    Of later steps nothing of the kind holds: AdamW turns a gradient below the rounding into a step of full size, either way.
+    """
+    a, b = last(run), last(other)
+    assert a["step"] == b["step"] == 1
+    mine, theirs = (torch.cat([s["exp_avg"].flatten() for s in state["optimizer"]["state"].values()]) for state in (a, b))
+    assert 0 < (mine - theirs).norm() + 1e-30 < 1e-2 * theirs.norm()
+    torch.testing.assert_close(a["queue"], b["queue"], rtol=0, atol=1e-3)
+    for key in (*TERMS, "grad_norm"):
+        assert log(run)[1][0][key] == pytest.approx(log(other)[1][0][key], rel=1e-2), key
 
 
 # ------------------------------------------------------------------------------------------------------- runs that tests share
@@ -194,7 +198,8 @@ for number, (port, runs) in enumerate(json.load(open(sys.argv[1]))):
         open(f"{sys.argv[1]}-{number}-{rank}", "w").write(str(end))
         dist.destroy_process_group()
 """
-FOUR = dict(name="four", batch=4, steps=6, warmup=3, v2=False)
+FOUR = dict(name="four", batch=4, steps=1, warmup=1, v2=False)
+ONE = dict(name="one", steps=1, warmup=1, v2=False)
 WIDE = dict(name="wide", slab=(128, 64, 64), steps=3, warmup=1, v2=False)
 P2P = dict(name="p2p_alone", weights=(0, 1, 0), steps=2, v2=False)
 SINKHORN = dict(name="sinkhorn", matching="sinkhorn", sinkhorn_iterations=10, steps=2, v2=False)
@@ -222,35 +227,31 @@ def two(place, killed, ten):
 
 # ------------------------------------------------------------------------------------------------------------- two processes
 
-def test_torchrun_of_two_follows_one_process(place, ten):
+def test_torchrun_of_two_equals_one_process_of_two_passes(place):
     finish(start(place, ["pretrain.py", *argv(place, runs=place / "torchrun", **TEN)],
                  ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")))
-    assert_follows(place / "torchrun/ten", ten[0])
-    assert last(ten[0])["queue_count"] == 20                        # more than the queue holds
-
-
-def test_two_processes_that_accumulate_follow_one_that_does_not(place, two):
-    assert_follows(two / "four", alone(place, **FOUR))
-
-
-def test_one_process_that_accumulates_follows_one_that_does_not(place, ten):
-    assert_follows(alone(place, runs=place / "accumulate", **TEN, accumulate=2), ten[0])
+    run = alone(place, runs=place / "passes", **TEN, accumulate=2)
+    assert_equal(place / "torchrun/ten", run)
+    assert last(run)["queue_count"] == 20                           # more than the queue holds
 
 
 @pytest.mark.parametrize("keys", [WIDE, P2P, SINKHORN], ids=lambda keys: keys["name"])
-def test_two_processes_follow_one(place, two, keys):
-    assert_follows(two / keys["name"], alone(place, **keys))
+def test_two_processes_equal_one_of_two_passes(place, two, keys):
+    assert_equal(two / keys["name"], alone(place, **keys, accumulate=2))
 
 
-def test_two_processes_go_on_from_a_checkpoint_of_one(two, ten):
-    (began, lines), (_, steps) = log(two / "ten"), log(ten[0])
-    assert [line["resumed"] for line in began] == [0, 4]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 6, 9, 10]
-    for line, part in zip(lines[4:], (steps[4:6], steps[6:9], steps[9:])):
-        for key in TERMS:                                           # a line holds the means since the line before
-            assert line[key] == pytest.approx(sum(step[key] for step in part) / len(part), abs=1e-4)
-    a, b = flat(last(two / "ten")["student"]), flat(last(ten[0])["student"])
-    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-4
+def test_the_gradient_does_not_depend_on_ranks_and_passes(place, two):
+    assert_same_gradient(two / "four", alone(place, **FOUR))
+    whole = alone(place, **ONE)
+    assert_same_gradient(alone(place, runs=place / "accumulate", **ONE, accumulate=2), whole)
+
+
+def test_two_processes_go_on_from_a_checkpoint_of_one(place, two, killed):
+    shutil.copytree(killed.parent, place / "gone_on")
+    run = alone(place, runs=place / "gone_on", **TEN | dict(log_every=3), accumulate=2)
+    assert [line["resumed"] for line in log(two / "ten")[0]] == [0, 4]
+    assert [line["step"] for line in log(two / "ten")[1]] == [1, 2, 3, 4, 6, 9, 10]
+    assert_equal(two / "ten", run)
 
 
 def test_processes_that_see_different_checkpoints_are_refused(place, two):
@@ -521,15 +522,20 @@ def test_four_steps_equal_the_same_written_out(place):
     student = pretrain.Network(cfg)
     teacher = copy.deepcopy(student)
     first, second = ([torch.zeros_like(p) for p in student.parameters()] for _ in range(2))
-    ring = torch.zeros(0, cfg.embedding)
+    ring, norms = torch.zeros(0, cfg.embedding), []
     for step, rate in enumerate((1e-3, 2e-3, 2e-3, 1.5e-3)):
         terms, new = written_out(cfg, student, teacher, batch_of(place, cfg, step), ring)
         loss = 0.5 * terms[0] + terms[1] + 2 * terms[2]
         gradients = torch.autograd.grad(loss, list(student.parameters()))
         norm = torch.cat([g.flatten() for g in gradients]).norm().item()
+        norms.append(norm)
         logged = log(run)[1][step]
         expected = [loss.item(), *terms.tolist(), norm, rate]
-        assert [logged[key] for key in (*TERMS, "grad_norm", "lr")] == pytest.approx(expected, rel=2e-4)
+        near = 2e-4 if step == 0 else 1e-2                          # AdamW carries rounding on
+        assert [logged[key] for key in (*TERMS, "grad_norm", "lr")] == pytest.approx(expected, rel=near)
+        if step == 0:
+            first_step = [(name, p, slow, g) for (name, p), slow, g in zip(student.named_parameters(), teacher.parameters(), gradients)]
+            before = {name: p.detach().clone() for name, p, *_ in first_step}
         with torch.no_grad():
             for p, slow, g, m, v in zip(student.parameters(), teacher.parameters(), gradients, first, second):
                 g = g * 0.7 / norm                                  # far above the limit in every step
@@ -540,12 +546,18 @@ def test_four_steps_equal_the_same_written_out(place):
                 slow.copy_(0.9 * slow + 0.1 * p)
         assert norm > 0.7
         ring = torch.cat([ring, new])[-5:]
-    state = last(run)
-    for part, network in (("student", student), ("teacher", teacher)):
-        for name, p in network.named_parameters():
-            torch.testing.assert_close(state[part][name], p.detach(), rtol=0, atol=1e-4, msg=lambda m: f"{part} {name}: {m}")
-    assert state["queue_count"] == 8                                # slots 5 6 7 3 4 hold keys 5 6 7 3 4
-    torch.testing.assert_close(state["queue"], ring[[2, 3, 4, 0, 1]], rtol=0, atol=1e-4)
+    assert last(run)["queue_count"] == 8                            # slots 5 6 7 3 4 hold keys 5 6 7 3 4
+    torch.testing.assert_close(last(run)["queue"], ring[[2, 3, 4, 0, 1]], rtol=0, atol=2e-2)
+    # the weights after one step, wherever the gradient is more than rounding
+    state, clear = last(alone(place, **keys | dict(name="one_by_hand", steps=1, warmup=1))), 0
+    for name, _, _, g in first_step:
+        g, p = g * 0.7 / norms[0], before[name]
+        p = p * (1 - 2e-3 * 0.5 if p.ndim > 1 else 1) - 2e-3 * g / (g.abs() + 1e-8)
+        sure = g.abs() > 1e-5
+        clear += int(sure.sum())
+        torch.testing.assert_close(state["student"][name][sure], p[sure], rtol=0, atol=2e-6)
+        torch.testing.assert_close(state["teacher"][name][sure], (0.9 * before[name] + 0.1 * p)[sure], rtol=0, atol=2e-6)
+    assert clear > 2000
 
 
 ABLATIONS = [dict(weights=(1, 0, 0)), dict(weights=(0, 1, 0)), dict(matching="sinkhorn", sinkhorn_iterations=10),
