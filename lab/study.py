@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 import configs
+import finetune
 import run
 import tasks
 from model import Swin3D
@@ -29,7 +30,7 @@ class Config:
     data: str = "data"
     cache: str = "cache"
     workers: int = 1                # of each process
-    rows: dict = dataclasses.field(default_factory=dict)            # {row: keys of pretrain.py, or None: not pre-trained}
+    rows: dict = dataclasses.field(default_factory=dict)            # {row: keys of pretrain.py; None: random}
     seeds: tuple = ()               # of every row, e.g. (0, 1, 2)
     jobs: int = 1                   # processes at a time
     shot_rows: tuple = ()           # rows that are fine-tuned with few labels
@@ -38,120 +39,125 @@ class Config:
     pretrain_config: str = ""
     finetune_config: str = ""
     pretrain_keys: dict = dataclasses.field(default_factory=dict)   # for all rows alike
-    probe_keys: dict = dataclasses.field(default_factory=dict)      # .. of lab.probe alone; the others it shares with pretrain.py
+    probe_keys: dict = dataclasses.field(default_factory=dict)      # .. of lab.probe alone
     finetune_keys: dict = dataclasses.field(default_factory=dict)
 
 
-def study(cfg):
-    """Pre-train every row of cfg.rows with every seed, probe it, fine-tune it with few labels; print and store one table.
+def check(cfg):
+    """Exit unless there are rows, seeds and cfg.labelled training subjects, of which the shots are shares."""
+    if not cfg.rows or not cfg.seeds or set(cfg.shot_rows) - set(cfg.rows):
+        raise SystemExit("the study needs `seeds`, `rows`, and shot_rows among them; found seeds "
+                         f"{cfg.seeds}, rows {', '.join(cfg.rows) or 'none'}, shot_rows {cfg.shot_rows}")
+    if not all(0 < n <= cfg.labelled for n in cfg.shots):
+        raise SystemExit(f"shots = {cfg.shots}: expected 1 to {cfg.labelled} (labelled)")
+    if cfg.shots:
+        keys = cfg.finetune_keys | dict(data=cfg.data, label_fraction=1.0)
+        cases = tasks.split_cases(configs.load(finetune.Config, [cfg.finetune_config, *flags(keys)]))
+        found = sorted({case["subject"] for case in cases["train"]})
+        if len(found) != cfg.labelled:
+            raise SystemExit(f"labelled = {cfg.labelled}, but {cfg.finetune_config} with finetune_keys "
+                             f"trains on {len(found)} subjects ({', '.join(found[:3])}, ..)")
 
-    Each run is the ordinary command in a process of its own, so that a row can be repeated by hand; what is complete is not run
-    again. cfg.jobs processes run at a time, dealt out to the GPUs if there are any, else sharing the cores.
+
+def flags(keys):
+    return [f"--{key}={value}" for key, value in keys.items()]
+
+
+def plan(row, seed, cfg):
+    """{part: [[module, config, ..], ..]}; the parts are "probe" and every number of labelled scans."""
+    name, own, runs = f"{row}-{seed}", cfg.rows[row], Path(cfg.runs) / cfg.name
+    same = dict(runs=runs, seed=seed, data=cfg.data, cache=cfg.cache, workers=cfg.workers)
+    probing = same | cfg.pretrain_keys | cfg.probe_keys | dict(name=name, probe_random=False)
+    if own is None:
+        commands, init = [], ""
+        probing["checkpoint"] = "random"
+    else:
+        keys, init = same | cfg.pretrain_keys | own | dict(name=name), runs / name / "encoder.pt"
+        commands = [["pretrain", cfg.pretrain_config, *flags(keys)]]
+        # Of the row its network alone: all rows are probed by the same moves and tokens.
+        probing |= {k: v for k, v in own.items() if k in inspect.signature(Swin3D).parameters}
+    parts = {"probe": [*commands, ["lab.probe", cfg.pretrain_config, *flags(probing)]]}
+    for shots in cfg.shots if row in cfg.shot_rows else ():
+        tuned = f"{name}-{shots}"
+        keys = same | cfg.finetune_keys | dict(init=init, name=tuned, label_fraction=shots / cfg.labelled)
+        resolved = str(runs / tuned / "config.py")                  # its keys of training evaluate.py leaves alone
+        parts[str(shots)] = [["finetune", cfg.finetune_config, *flags(keys)],
+                             ["evaluate", resolved, "--sheets=0", "--predictions=False", "--hd95=False"]]
+    return parts
+
+
+def number(folder, part):
+    """What a part found: the probe's numbers, or mean Dice of the test scans, preprocessed grid."""
+    if part == "probe":
+        return next(iter(json.loads((folder / "probe.json").read_text())["probe"].values()))
+    results = json.loads(Path(f"{folder}-{part}", "results.json").read_text())["results"]
+    return next(iter(results.values()))["summary"]["preprocessed"]["dice"]["mean"]["mean"]
+
+
+def run_row(n, row, seed, cfg):
+    """Run what is not complete -> {part: {"value", "minutes", "commands"}}, also in outcome.json of the folder."""
+    folder, gpus = Path(cfg.runs) / cfg.name / f"{row}-{seed}", torch.cuda.device_count()
+    folder.mkdir(parents=True, exist_ok=True)
+    done, log = folder / "outcome.json", folder / "out.log"
+    outcome = json.loads(done.read_text()) if done.exists() else {}
+    environment = os.environ | dict(PYTHONPATH=str(Path(__file__).resolve().parents[1]))   # -m from any folder
+    if gpus:
+        environment |= dict(CUDA_VISIBLE_DEVICES=str(n % cfg.jobs % gpus))
+    else:
+        environment |= dict(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // cfg.jobs)))
+    for part, commands in plan(row, seed, cfg).items():
+        if outcome.get(part, {}).get("commands") == commands:
+            continue
+        began = time.time()
+        for command in commands:
+            with open(log, "a") as file:
+                print("python -m", *command, file=file, flush=True)
+                ended = subprocess.run([sys.executable, "-m", *command], env=environment, stdout=file, stderr=file)
+            if ended.returncode:
+                raise SystemExit(f"python -m {' '.join(command)}\nfailed, see {log}")
+        minutes = (time.time() - began) / 60
+        outcome[part] = dict(value=number(folder, part), minutes=minutes, commands=commands)
+        run.write_json(done, outcome)
+        print(f"{folder.name}, {part}: {minutes:.1f} min", flush=True)
+    return outcome
+
+
+def table(results, cfg):
+    """A row of markdown per row of the study: mean over the seeds, and every seed in their order."""
+    heads = ["row", "linear probe", "k-NN", "silhouette (cosine)", "effective rank", "found again"]
+    heads += [f"Dice, {n} labelled" for n in cfg.shots]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in cfg.rows:
+        found = [results[f"{row}-{seed}"] for seed in cfg.seeds]
+        probes = [outcome["probe"]["value"] for outcome in found]
+        columns = [[p[which]["balanced_accuracy"] for p in probes] for which in ("linear", "knn")]
+        columns += [[p["silhouette_cosine"][0] for p in probes]]
+        columns += [[p[which] for p in probes] for which in ("effective_rank", "correspondence")]
+        columns += [[outcome[str(n)]["value"] for outcome in found if str(n) in outcome] for n in cfg.shots]
+        cells = [f"{np.mean(c):.3f} ({', '.join(f'{v:.3f}' for v in c)})" if c else "-" for c in columns]
+        lines.append("| " + " | ".join([row, *cells]) + " |")
+    minutes = sum(part["minutes"] for outcome in results.values() for part in outcome.values())
+    seeds = ", ".join(map(str, cfg.seeds))
+    last = f"Mean (seeds {seeds}); {minutes:.0f} minutes of processes, {cfg.jobs} at a time."
+    return "\n".join([*lines, "", last])
+
+
+def conduct(cfg):
+    """Pre-train every row with every seed, probe it, fine-tune it with few labels; print and store one table.
+
+    Each run is the ordinary command, so that it can be repeated by hand; what is complete is not run again.
+    cfg.jobs processes run at a time, dealt out to the GPUs if there are any, else sharing the cores.
     """
-    lost = [row for row in cfg.shot_rows if row not in cfg.rows]
-    if lost or not cfg.rows or not cfg.seeds:
-        raise SystemExit(f"the study needs `seeds`, `rows`, and shot_rows among them; found seeds {cfg.seeds}, "
-                         f"rows {', '.join(cfg.rows) or 'none'}, shot_rows {cfg.shot_rows}")
-    check_shots(cfg)
-    jobs = [(row, seed) for seed in cfg.seeds for row in cfg.rows]      # every row once before any row twice
+    check(cfg)
+    jobs = [(row, seed) for seed in cfg.seeds for row in cfg.rows]  # every row once before any row twice
     with ThreadPoolExecutor(cfg.jobs) as pool:
-        outcomes = list(pool.map(lambda k: study_run(*jobs[k], k % cfg.jobs, cfg), range(len(jobs))))
+        outcomes = list(pool.map(run_row, range(len(jobs)), *zip(*jobs), [cfg] * len(jobs)))
     results = {f"{row}-{seed}": outcome for (row, seed), outcome in zip(jobs, outcomes)}
-    text = study_table(results, cfg)
-    out = Path(cfg.runs) / cfg.name
-    run.write_json(out / "study.json", dict(results=results, config=dataclasses.asdict(cfg), **run.versions()))
+    text, out = table(results, cfg), Path(cfg.runs) / cfg.name
+    run.write_json(out / "study.json", dict(results=results, config=dataclasses.asdict(cfg)) | run.versions())
     (out / "study.md").write_text(text + "\n")
     print(text)
 
 
-def check_shots(cfg):
-    """Exit unless the fine-tuning config has cfg.labelled training subjects, of which the shots are shares."""
-    if not cfg.shots:
-        return
-    if not all(0 < n <= cfg.labelled for n in cfg.shots):
-        raise SystemExit(f"shots = {cfg.shots}: expected 1 to {cfg.labelled} (labelled)")
-    fields = {field.name for field in dataclasses.fields(tasks.Config)}
-    keys = {k: v for k, v in cfg.finetune_keys.items() if k in fields} | dict(data=cfg.data, label_fraction=1.0)
-    cases = tasks.split_cases(configs.load(tasks.Config, [cfg.finetune_config, *[f"--{k}={v}" for k, v in keys.items()]]))
-    subjects = {case["subject"] for case in cases["train"]}
-    if len(subjects) != cfg.labelled:
-        raise SystemExit(f"labelled = {cfg.labelled}, but {cfg.finetune_config} with finetune_keys trains on {len(subjects)} subjects "
-                         f"({', '.join(sorted(subjects)[:3])}, ..)")
-
-
-def study_run(row, seed, slot, cfg):
-    """One row with one seed -> {part: {"value": .., "minutes": .., "commands": ..}}, also in outcome.json of its run folder.
-
-    The parts are "probe" (its results) and every number of labelled scans (mean Dice of the test scans, preprocessed grid).
-    """
-    runs, name = Path(cfg.runs) / cfg.name, f"{row}-{seed}"
-    here = Path(tasks.__file__).resolve().parent
-    pretrain, finetune, evaluate, probe = (here / "pretrain.py",), (here / "finetune.py",), (here / "evaluate.py",), ("-m", "lab.probe")
-    done, gpus = runs / name / "outcome.json", torch.cuda.device_count()
-    outcome = json.loads(done.read_text()) if done.exists() else {}
-    cores = max(1, (os.cpu_count() or 1) // cfg.jobs)
-    environment = os.environ | {"PYTHONPATH": str(here)} | ({"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else {"OMP_NUM_THREADS": str(cores)})
-    same = dict(runs=runs, seed=seed, data=cfg.data, cache=cfg.cache, workers=cfg.workers)
-    known = {field.name for field in dataclasses.fields(tasks.Config)}        # evaluate.py takes no key of the optimisation
-    overrides, encoder = cfg.rows[row], runs / name / "encoder.pt"
-
-    def part(key, value, *commands):
-        """Run the commands of a part that is not complete, and keep value()."""
-        lines = [[sys.executable, *map(str, script), str(config), *[f"--{k}={v}" for k, v in keys.items()]] for script, config, keys in commands]
-        if outcome.get(key, {}).get("commands") == lines:
-            return
-        began = time.time()
-        for line in lines:
-            with open(done.with_name("out.log"), "a") as log:
-                log.write(" ".join(line) + "\n")
-                log.flush()
-                if subprocess.run(line, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode:
-                    raise SystemExit(f"{' '.join(line)}\nfailed, see {done.with_name('out.log')}")
-        outcome[key] = dict(value=value(), minutes=(time.time() - began) / 60, commands=lines)
-        run.write_json(done, outcome)
-        print(f"{name}, {key}: {outcome[key]['minutes']:.1f} min", flush=True)
-
-    done.parent.mkdir(parents=True, exist_ok=True)
-    keys = cfg.pretrain_keys | (overrides or {})
-    network = {k: v for k, v in keys.items() if k in inspect.signature(Swin3D).parameters}
-    shared = {k: v for k, v in cfg.pretrain_keys.items() if k in known}     # not the row's: all are probed by the same moves and tokens
-    probing = same | shared | cfg.probe_keys | network
-    probing |= dict(name=name, out=runs / name, probe_random=overrides is None)
-    probed = lambda: next(iter(json.loads((runs / name / "probe.json").read_text())["probe"].values()))
-    if overrides is None:                                               # this row is not pre-trained
-        part("probe", probed, (probe, cfg.pretrain_config, probing | dict(checkpoint="random")))
-    else:
-        part("probe", probed, (pretrain, cfg.pretrain_config, same | keys | dict(name=name)),
-             (probe, cfg.pretrain_config, probing | dict(checkpoint=encoder)))
-    for shots in cfg.shots if row in cfg.shot_rows else ():
-        tuned = f"{name}-{shots}"
-        keys = same | cfg.finetune_keys | dict(name=tuned, label_fraction=shots / cfg.labelled)
-        scoring = {k: v for k, v in keys.items() if k in known} | dict(sheets=0, predictions=False, hd95=False)
-        scored = lambda: next(iter(json.loads((runs / tuned / "results.json").read_text())["results"].values()))
-        part(str(shots), lambda: scored()["summary"]["preprocessed"]["dice"]["mean"]["mean"],
-             (finetune, cfg.finetune_config, keys | ({} if overrides is None else dict(init=encoder))),
-             (evaluate, cfg.finetune_config, scoring))
-    return outcome
-
-
-def study_table(results, cfg):
-    """A row of markdown per row of the study: mean over the seeds, and every seed in their order."""
-    def cell(values):
-        values = [float(v) for v in values]                             # absent: this row was not fine-tuned
-        return f"{np.mean(values):.3f} ({', '.join(f'{v:.3f}' for v in values)})" if values else "-"
-    columns = {"linear probe": lambda p: p["linear"]["balanced_accuracy"], "k-NN": lambda p: p["knn"]["balanced_accuracy"],
-               "silhouette (cosine)": lambda p: p["silhouette_cosine"][0], "effective rank": lambda p: p["effective_rank"],
-               "found again": lambda p: p["correspondence"]}
-    heads = ["row", *columns, *[f"Dice, {n} labelled" for n in cfg.shots]]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for row in cfg.rows:
-        found = [results[f"{row}-{seed}"] for seed in cfg.seeds]
-        cells = [cell([column(f["probe"]["value"]) for f in found]) for column in columns.values()]
-        cells += [cell([f[str(n)]["value"] for f in found if str(n) in f]) for n in cfg.shots]
-        lines.append("| " + " | ".join([row, *cells]) + " |")
-    minutes = sum(part["minutes"] for outcome in results.values() for part in outcome.values())
-    return "\n".join(lines) + f"\n\nMean (seeds {', '.join(map(str, cfg.seeds))}); {minutes:.0f} minutes of processes, {cfg.jobs} at a time."
-
-
 if __name__ == "__main__":
-    study(configs.load(Config, sys.argv[1:]))
+    conduct(configs.load(Config, sys.argv[1:]))

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ])
 def test_a_study_without_rows_or_seeds_is_refused(argv, text):
     with pytest.raises(SystemExit) as caught:
-        study.study(configs.load(study.Config, argv))
+        study.conduct(configs.load(study.Config, argv))
     assert str(caught.value).endswith(text)
 
 
