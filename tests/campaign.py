@@ -1,0 +1,382 @@
+"""Broken inputs, kills and full disks by the thousand: each must end in a result, or in one line that says what is wrong.
+
+    python tests/campaign.py headers 20000 --seed=1         one family
+    python tests/campaign.py all 1000                       every family, so many trials each (kills: a tenth)
+
+Every trial follows from (family, seed, number) alone and is printed with them when it fails, so that
+`python tests/campaign.py headers 1 --seed=1 --first=17` repeats it. A trial fails when anything but the error type
+of its room comes out, when its text is longer than a line or does not name the file, when weights differ after a
+kill, when a damaged file is taken for a whole one, or when a file is left that nobody asked for.
+"""
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import configs  # noqa: E402
+import data  # noqa: E402
+import finetune  # noqa: E402
+import pretrain  # noqa: E402
+import tasks  # noqa: E402
+from model import Swin3D, WeightsError, load_weights  # noqa: E402
+from run import save  # noqa: E402
+
+TINY = dict(slab=(64, 64, 64), crop=(64, 64, 64), feature_size=4, num_heads=(1, 1, 1, 1), depths=(1, 1, 1, 1), window_size=4,
+            hidden=16, embedding=8, queue=7, batch=2, warmup=1, workers=0, log_every=1, save_every=2, steps=6)
+
+
+class Wrong(Exception):
+    """What a trial showed that it must not."""
+
+
+def one_line(error, name=None):
+    """The text of an error that is foreseen: one line that names the file (or several lines, each of which does)."""
+    text = str(error)
+    if not text or len(text) > 2000 or ("\n" in text.strip() and name is None):
+        raise Wrong(f"not one line: {text[:300]!r}")
+    if name is not None and name not in text:
+        raise Wrong(f"does not name {name}: {text[:300]!r}")
+    return text
+
+
+def flipped(content, rng, most=8):
+    """Bytes with some of them changed, or cut short, or longer than they were."""
+    content, kind = bytearray(content), rng.random()
+    if kind < 0.15:
+        return bytes(content[:rng.randrange(len(content))])
+    if kind < 0.2:
+        return bytes(content) + rng.randbytes(rng.randrange(1, 500))
+    for _ in range(rng.randrange(1, most)):
+        content[rng.randrange(len(content))] = rng.randrange(256)
+    return bytes(content)
+
+
+# ---------------------------------------------------------------------------------------------------- scans
+
+ODD = [0.0, -1.0, 1e13, 40.0, -0.001, 1e-30, 1e38, float("nan"), float("inf"), 3.4e38]
+FIELDS = [(0, "i"), (40, "8h"), (70, "h"), (72, "h"), (76, "8f"), (108, "f"), (112, "f"), (116, "f"), (123, "b"),
+          (252, "h"), (254, "h"), (256, "6f"), (280, "4f"), (296, "4f"), (312, "4f"), (344, "4s")]
+
+
+def header(folder, rng):
+    """A NIfTI file whose header says something else, through `read_volume` and `preprocess`."""
+    path = folder / f"scan.nii{rng.choice(['', '.gz'])}"
+    shape = tuple(rng.randrange(4, 12) for _ in range(3))
+    kind = rng.choice([np.uint8, np.int16, np.float32])
+    values = np.random.default_rng(rng.randrange(2 ** 32)).integers(0, 200, shape).astype(kind)
+    content = bytearray(nib.Nifti1Image(values, np.diag([2.0, 2.0, 3.0, 1.0])).to_bytes())
+    for _ in range(rng.randrange(1, 4)):
+        place, form = rng.choice(FIELDS)
+        size = struct.calcsize("<" + form)
+        if form[-1] == "f":
+            old = list(struct.unpack("<" + form, content[place:place + size]))
+            k = rng.randrange(len(old))
+            old[k] = rng.choice([*ODD, old[k] * 40, old[k] * 1e13, old[k] * 1e-6, rng.uniform(-1e4, 1e4)])
+            content[place:place + size] = struct.pack("<" + form, *old)
+        elif form[-1] == "h":
+            count = size // 2
+            old = list(struct.unpack(f"<{count}h", content[place:place + size]))
+            old[rng.randrange(count)] = rng.choice([0, -1, 1, 2, 4, 5, 7, 16, 512, 32767, -32768, rng.randrange(-9, 99)])
+            content[place:place + size] = struct.pack(f"<{count}h", *old)
+        else:
+            content[place:place + size] = rng.choice([rng.randbytes(size), b"ni1\0"[:size], b"\0" * size])
+    packed = path.suffix == ".gz"
+    path.write_bytes(__import__("gzip").compress(bytes(content)) if packed else bytes(content))
+    read_and_preprocess(path, rng)
+
+
+def picture(folder, rng):
+    """A .mha, .mhd, .nrrd, DICOM series or folder of slices with bytes changed."""
+    import SimpleITK as sitk
+    from PIL import Image
+    kind = rng.choice(["mha", "mhd", "nrrd", "dicom", "slices"])
+    values = np.random.default_rng(rng.randrange(2 ** 32)).integers(-99, 900, (5, 9, 8)).astype(np.int16)
+    if kind == "slices":
+        path = folder / "slices"
+        path.mkdir()
+        for k, row in enumerate(values):
+            Image.fromarray((row % 256).astype(np.uint8)).save(path / f"{k}.png")
+    elif kind == "dicom":
+        path = folder / "series"
+        path.mkdir()
+        for k, row in enumerate(values):
+            image = sitk.GetImageFromArray(row[None])
+            for tag, text in (("0020|000e", "1.2.3"), ("0020|0032", f"0\\0\\{2 * k}"), ("0020|0013", str(k))):
+                image.SetMetaData(tag, text)
+            sitk.WriteImage(image, str(path / f"{k}.dcm"))
+    else:
+        path = folder / f"scan.{kind}"
+        sitk.WriteImage(sitk.GetImageFromArray(values), str(path), useCompression=rng.random() < 0.3)
+    victim = rng.choice(sorted(path.iterdir())) if path.is_dir() else rng.choice([f for f in folder.iterdir() if f.is_file()])
+    victim.write_bytes(flipped(victim.read_bytes(), rng))
+    read_and_preprocess(path, rng)
+
+
+def read_and_preprocess(path, rng):
+    cfg = pretrain.Config(spacing=rng.choice([(), (), (2.0, 2.0, 2.0)]), foreground=-1e9, intensity=rng.choice(["window", "zscore"]))
+    case = dict(id="scan", images=[str(path)], label=None, targets=[])
+    for what in (lambda: data.read_volume(path), lambda: data.preprocess(case, cfg)):
+        try:
+            with np.errstate(all="ignore"):
+                what()
+        except data.VolumeError as error:
+            one_line(error, path.name)
+
+
+# ---------------------------------------------------------------------------------------------------- lists and configs
+
+JUNK = [None, 3, -1, 1.5, True, "", "x", "../../x", "/abs/x", [], {}, [1], ["x"], {"a": 1}, [[]], "\u00e9\u4e2d", "a" * 500]
+
+
+def mutated(tree, rng):
+    """A JSON tree with one of its parts replaced, removed or wrapped."""
+    if rng.random() < 0.3 or not isinstance(tree, (list, dict)) or not tree:
+        return rng.choice([rng.choice(JUNK), [tree], {"image": tree}])
+    if isinstance(tree, list):
+        k = rng.randrange(len(tree))
+        return tree[:k] + ([mutated(tree[k], rng)] if rng.random() < 0.8 else []) + tree[k + 1:]
+    key = rng.choice(sorted(tree))
+    rest = {k: v for k, v in tree.items() if k != key}
+    return rest | ({key: mutated(tree[key], rng)} if rng.random() < 0.8 else {})
+
+
+def datalist(folder, rng):
+    """A datalist with parts of other types, through `find_cases` and `split_cases`."""
+    entries = [{"image": f"i{k}.nii.gz", "label": f"l{k}.nii.gz", "fold": k % 2} for k in range(4)]
+    tree = mutated({"training": entries, "validation": entries[:1], "name": "x"}, rng)
+    text = json.dumps(tree)
+    content = text.encode() if rng.random() < 0.8 else flipped(text.encode(), rng)
+    (folder / "list.json").write_bytes(content)
+    keys = dict(data=str(folder), datalist="list.json", labels={1: "one"}, val=rng.choice(["i1", ("i1",), "*1*"]), test="val")
+    cfg = finetune.Config(**keys, fold=rng.choice([-1, 0]))
+    foreseen(lambda: tasks.split_cases(cfg))
+    try:
+        cases = data.find_cases(cfg)
+    except SystemExit:
+        return
+    for case in cases:
+        if (folder / case["id"]).resolve().parent != folder.resolve():
+            raise Wrong(f"the id {case['id']!r} leads out of its folder")
+
+
+def table(folder, rng):
+    """A csv in another encoding, without its column, or with other bytes."""
+    for k in range(4):
+        (folder / f"s{k}.nii.gz").touch()
+    text = "id,class\n" + "".join(f"{k},{'ab'[k % 2]}\n" for k in range(4))
+    text = rng.choice([text, text.replace("id", "name"), text.replace("a", "\u00e9"), "", "id\n", text.replace(",", ";")])
+    content = text.encode(rng.choice(["utf-8", "latin-1", "utf-16"]))
+    (folder / "t.csv").write_bytes(content if rng.random() < 0.5 or not content else flipped(content, rng))
+    cfg = finetune.Config(data=str(folder), task="classification", image="s{id}.nii.gz", table="t.csv", case_key="{id}",
+                          class_from="{class}", classes={"a": 0, "b": 1}, val_share=0.25, test_share=0.25)
+    foreseen(lambda: tasks.split_cases(cfg))
+
+
+def config(folder, rng):
+    """A config with other bytes, other values, other types."""
+    lines = (ROOT / f"configs/{rng.choice(['demo', 'ct', 'btcv', 'demo_segmentation', 'pet'])}.py").read_text().splitlines()
+    if rng.random() < 0.5:
+        k = rng.choice([k for k, line in enumerate(lines) if " = " in line])
+        key = lines[k].split(" = ")[0]
+        lines[k] = f"{key} = {rng.choice([*map(repr, JUNK), '(', '1 +', 'undefined', '-1', '0', '(1, 2)', '1e400'])}"
+        content = "\n".join(lines).encode()
+    else:
+        content = flipped("\n".join(lines).encode(), rng, 3)
+    path = folder / "x.py"
+    path.write_bytes(content)
+    script = finetune if b"task" in content else pretrain
+
+    def load_and_check():
+        cfg = configs.load(script.Config, [str(path)])
+        script.check(cfg, 1)
+    foreseen(load_and_check, one=False)
+
+
+def foreseen(what, one=True):
+    """Run it; SystemExit with a text is how a program ends when it knows why."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            what()
+    except SystemExit as error:
+        if one:
+            one_line(error)
+        elif not str(error) or isinstance(error.code, int):
+            raise Wrong(f"ends without a word: {error.code!r}") from None
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+def checkpoint(folder, rng):
+    """A checkpoint with one flipped bit, cut short, or with other content: refused, or equal to what was saved."""
+    torch.manual_seed(0)
+    arguments = dict(feature_size=4, num_heads=(1, 1, 1, 1), depths=(1, 1, 1, 1), window_size=2, v2=False)
+    encoder = Swin3D(1, **arguments)
+    content = dict(format="s2dc/encoder", encoder=encoder.state_dict(), arguments=encoder.arguments)
+    kind = rng.random()
+    if kind > 0.7:
+        name = rng.choice(sorted(content["encoder"]))
+        content["encoder"][name] = rng.choice([None, torch.tensor(float("nan")), torch.zeros(2), "x", torch.zeros(3, dtype=torch.long)])
+    elif kind > 0.6:
+        content[rng.choice(sorted(content))] = rng.choice(JUNK)
+    path = folder / "encoder.pt"
+    save(path, content)
+    if kind < 0.6:
+        raw = bytearray(path.read_bytes())
+        if kind < 0.5:
+            place = rng.randrange(len(raw))
+            raw[place] ^= 1 << rng.randrange(8)
+        else:
+            raw = raw[:rng.randrange(len(raw))]
+        path.write_bytes(raw)
+    other = Swin3D(1, **arguments)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            load_weights(other, path)
+    except WeightsError as error:
+        one_line(error, path.name)
+        return
+    for (name, ours), theirs in zip(other.state_dict().items(), encoder.state_dict().values()):
+        if not torch.equal(ours, theirs):
+            raise Wrong(f"{name} was loaded and is not what was saved")
+
+
+# ---------------------------------------------------------------------------------------------------- kills and full disks
+
+_shared = {}
+
+
+def phantoms():
+    """A data folder with four phantoms of 64 voxels and the weights of a run that nobody disturbed; made once."""
+    if "place" not in _shared:
+        from lab import phantom
+        place = Path(tempfile.mkdtemp(prefix="campaign-"))
+        with contextlib.redirect_stdout(io.StringIO()):
+            phantom.write(place / "data/demo_ct/train", range(4), size=64)
+        done = subprocess.run(command(place / "whole"), env=environment(place), capture_output=True, text=True)
+        if done.returncode:
+            raise Wrong(done.stderr[-1000:])
+        _shared["place"], _shared["weights"] = place, weights(place / "whole")
+    return _shared["place"], _shared["weights"]
+
+
+def environment(place):
+    return os.environ | dict(S2DC_DATA=str(place / "data"), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(ROOT))
+
+
+def command(folder):
+    keys = TINY | dict(runs=folder / "runs", cache=folder / "cache", name="r")
+    return [sys.executable, str(ROOT / "pretrain.py"), str(ROOT / "configs/demo.py"), *[f"--{k}={v}" for k, v in keys.items()]]
+
+
+def weights(folder):
+    content = torch.load(folder / "runs/r/last.pt", weights_only=True)
+    return {**content["student"], **{f"teacher.{k}": v for k, v in content["teacher"].items()}}
+
+
+def compare(folder, expected):
+    found = weights(folder)
+    if any(not torch.equal(found[name], value) for name, value in expected.items()):
+        raise Wrong("the weights are not those of a run that was left alone")
+    stray = [str(p) for p in folder.rglob("*") if p.name.endswith(".tmp")]
+    if stray:
+        raise Wrong(f"left behind: {stray[:3]}")
+
+
+def kill(folder, rng):
+    """Pre-training that is killed at random moments, caching included, and started again until it is done."""
+    place, expected = phantoms()
+    for _ in range(rng.randrange(1, 4)):
+        process = subprocess.Popen(command(folder), env=environment(place), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(1.5, 9))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command(folder), env=environment(place), capture_output=True, text=True)
+    if done.returncode:
+        raise Wrong(done.stderr[-1000:])
+    compare(folder, expected)
+
+
+def disk(folder, rng):
+    """The same on a disk where no file may grow beyond a limit: one line, and an equal run once there is room."""
+    place, expected = phantoms()
+    limit = int(10 ** rng.uniform(2, 6.3))
+    full = subprocess.run(command(folder), env=environment(place), capture_output=True, text=True,
+                          preexec_fn=lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+                                              resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
+    if "Traceback" in full.stderr:
+        raise Wrong(f"limit {limit}: {full.stderr[-700:]}")
+    if full.returncode == 0:
+        return compare(folder, expected)
+    if not full.stderr.strip():
+        raise Wrong(f"limit {limit}: ended without a word")
+    done = subprocess.run(command(folder), env=environment(place), capture_output=True, text=True)
+    if done.returncode:
+        raise Wrong(f"limit {limit}, then room: {done.stderr[-700:]}")
+    compare(folder, expected)
+
+
+FAMILIES = dict(headers=header, pictures=picture, datalists=datalist, tables=table, configs=config, checkpoints=checkpoint,
+                kills=kill, disks=disk)
+
+
+def trials(family, count, seed=0, first=0):
+    """[(number, what went wrong)] of so many trials of a family."""
+    wrong = []
+    for number in range(first, first + count):
+        rng = random.Random(f"{family} {seed} {number}")
+        folder = Path(tempfile.mkdtemp(prefix="trial-"))
+        try:
+            FAMILIES[family](folder, rng)
+        except Wrong as error:
+            wrong.append((number, str(error)))
+        except Exception as error:
+            wrong.append((number, f"{type(error).__name__}: {error}"))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    return wrong
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("family", choices=[*FAMILIES, "all"])
+    parser.add_argument("count", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0)
+    args = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))          # torch alone maps gigabytes that it never touches
+    failures = 0
+    for family in FAMILIES if args.family == "all" else [args.family]:
+        count = max(1, args.count // 10) if args.family == "all" and family in ("kills", "disks") else args.count
+        start = time.time()
+        wrong = trials(family, count, args.seed, args.first)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+        print(f"{family:12s} {count:6d} trials, seed {args.seed}: {len(wrong)} wrong; {(time.time() - start) / 60:.1f} min, "
+              f"{peak:.2f} GB at most", flush=True)
+        for number, text in wrong[:20]:
+            print(f"   {number}: {text[:300]}")
+        failures += len(wrong)
+    if "place" in _shared:
+        shutil.rmtree(_shared["place"], ignore_errors=True)
+    raise SystemExit(min(failures, 1))
+
+
+if __name__ == "__main__":
+    main()
