@@ -7,31 +7,32 @@
                     1000, PET in SUV; masks uint8, 1 tumour (GTV_Mass)
     multi/          sts_001_{t1,ct,pet,label}.nii.gz on the grid of T1: linear, outside the scan's least value
     t1_ct/          sts_010_{t1,ct}.nii.gz on the lattice that both share, of the patients where they fit
-    split.json      the parts and the margins; pairs.json what modalities share; floors.json
+    split.json, pairs.json (what modalities have in common), floors.json
 
-The source cut its scans 5 cm around the tumour, so the box alone tells where it lies: an ellipsoid in it has Dice
-.70 on CT. Here every scan is trimmed by margins that follow from the patient's number (`world_box`). What the box
-still tells, and on PET a threshold, is measured on the written files: hold every score against these floors.
+The source cut its scans 5 cm around the tumour, so the box alone tells where it lies: an ellipsoid in it has
+Dice .70 on CT. Here every scan is trimmed by margins that follow from the patient's number: `world_box`. What
+the box still tells, or a threshold on PET, is measured on the files: these floors any score has to beat.
 
-Licence CC BY 3.0 (ibsi_validation/LICENSE.md); TCIA forbids any attempt to identify a patient. Cite
-    Vallieres, Freeman, Skamene, El Naqa (2015). A radiomics model from joint FDG-PET and MRI texture features for
-        the prediction of lung metastases in soft-tissue sarcomas of the extremities. The Cancer Imaging Archive,
-        doi 10.7937/K9/TCIA.2015.7GO2GSKS; Physics in Medicine and Biology, doi 10.1088/0031-9155/60/14/5471
+Licence CC BY 3.0; prepared by Alex Zwanenburg with MIRP; TCIA forbids any attempt to identify a patient. Cite
+    Vallieres, Freeman, Skamene, El Naqa (2015). A radiomics model from joint FDG-PET and MRI texture features
+        for the prediction of lung metastases in soft-tissue sarcomas of the extremities. The Cancer Imaging
+        Archive, doi 10.7937/K9/TCIA.2015.7GO2GSKS; Phys. Med. Biol., doi 10.1088/0031-9155/60/14/5471
     Clark et al. (2013). The Cancer Imaging Archive (TCIA). J. Digital Imaging, doi 10.1007/s10278-013-9622-7
-SUV, N4, fat normalisation, masks and the cut are Alex Zwanenburg's, made with MIRP.
 """
 import argparse
+import gzip
 import itertools
 import re
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
+import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
+from configs import replacing
 from data import VolumeError, read_stored, spacing_of, stretch
-from evaluate import text_table, write_nifti
 from metrics import dice_regions
 from run import write_json
 
@@ -40,16 +41,7 @@ PARTS = {"test": "001 004 008 012 018 024 026 031 034 036 042 044 048 050".split
          "val": "003 022 041".split(),
          "reserved": "005 014 017 019 028 033 040 043 045 046".split()}         # in no list; all others train
 RIM = 50.0                      # mm around the tumour in the source
-REACH = np.array([10, 10, 2])   # voxels along x y z by which T1 is moved to see where it fits CT
-ATLAS = (32, 32, 32)            # cells of the box in which the mean training mask is kept
-
-
-class Scan(NamedTuple):
-    image: Path
-    label: Path
-    voxels: np.ndarray          # (x, y, z) float32, axes as stored
-    mask: np.ndarray            # (x, y, z) bool
-    affine: np.ndarray          # (4, 4) voxel -> mm in RAS
+Scan = namedtuple("Scan", "voxels mask affine")  # (x, y, z) float32 as stored; bool; (4, 4) to mm RAS
 
 
 def part(number):
@@ -62,7 +54,7 @@ def source_folder(source):
     for folder in tried:
         if next(folder.glob("STS_*"), None):
             return folder
-    raise SystemExit(f"{source}: no STS_*/ in {', '.join(map(str, tried))}; is it a clone of theibsi/data_sets?")
+    raise SystemExit(f"{source}: no STS_*/ in {', '.join(map(str, tried))}; expected theibsi/data_sets")
 
 
 def read_scan(image, label):
@@ -72,8 +64,8 @@ def read_scan(image, label):
     if mask.shape != voxels.shape or not np.allclose(mask_affine, affine, atol=0.02):
         raise VolumeError(f"{label}: lies on another grid than {image.name}")
     if not np.isin(mask, (0, 1)).all() or not mask.any():
-        raise VolumeError(f"{label}: expected 0 and 1, found {', '.join(f'{v:g}' for v in np.unique(mask)[:4])}")
-    return Scan(image, label, voxels, mask > 0, affine)
+        raise VolumeError(f"{label}: expected voxels of 0 and of 1, found {np.unique(mask)[:4].tolist()}")
+    return Scan(voxels, mask > 0, affine)
 
 
 def read_all(folder):
@@ -93,15 +85,13 @@ def read_all(folder):
                 wrong.append(str(error))
     train = {modality for number, scans in patients.items() if part(number) == "train" for modality in scans}
     wrong += [f"{folder}: no usable {FILES[m]}_image of a training patient" for m in FILES if m not in train]
-    for line in wrong:
-        print(line)
     if wrong:
-        raise SystemExit(f"{len(wrong)} missing or unusable; nothing was written")
+        raise SystemExit("\n".join([*wrong, f"{len(wrong)} missing or unusable; nothing was written"]))
     return patients
 
 
 def margins(number):
-    """(2, 3) mm off the low and the high end of the axes right, front, head: 0 .. RIM, of the number alone."""
+    """(2, 3) mm off low and high end of the axes right, front, head: 0 to RIM, of the number alone."""
     return np.random.default_rng(int(number)).uniform(0, RIM, (2, 3))
 
 
@@ -113,9 +103,9 @@ def corners(ranges, matrix):
 def world_box(number, scans):
     """(2, 3) mm in RAS: the box to which all scans of a patient are cut, as far as they reach.
 
-    Each side lies RIM - margin (0 to 5 cm) beyond the tumour, that is beyond the outer edges of the voxels that any
-    modality marks: the tumour is never cut, and a scan that the source cut at 5 cm is trimmed by the margin. One that
-    ends nearer to the tumour (T1's field of view, a last slice) keeps its end.
+    Each side lies RIM - margin (0 to 5 cm) beyond the tumour, from the outer edges of the voxels that any
+    modality marks: the tumour is never cut, and a scan that the source cut at 5 cm is trimmed by the margin.
+    One that ends nearer to the tumour (T1's field of view, a last slice) keeps its end.
     """
     edges = []
     for scan in scans.values():
@@ -126,7 +116,7 @@ def world_box(number, scans):
 
 
 def trim(scan, box):
-    """The voxels whose centres lie in the box (2, 3) mm; of an oblique scan, the least block that holds them."""
+    """The voxels whose centres lie in the box (2, 3) mm; of an oblique scan, the block around them."""
     inside = corners(box.T, np.linalg.inv(scan.affine))
     low = np.maximum(np.ceil(inside.min(0) - 1e-3), 0).astype(int)
     high = np.minimum(np.floor(inside.max(0) + 1e-3) + 1, scan.mask.shape).astype(int)
@@ -143,21 +133,16 @@ def cut(scan, low, high):
 def onto(volume, affine, scan, order, fill):
     """`volume` (x, y, z) at the voxels of another scan, `fill` outside; order 1 linear, 0 nearest."""
     move = np.linalg.inv(affine) @ scan.affine
-    matrix, offset = move[:3, :3].round(6), move[:3, 3].round(3)    # header rounding puts no border voxel outside
+    matrix, offset = move[:3, :3].round(6), move[:3, 3].round(3)    # or headers' rounding loses the border
     return ndimage.affine_transform(volume, matrix, offset, scan.mask.shape, None, order, "constant", fill)
-
-
-def overlap(prediction, mask):
-    return float(dice_regions(prediction[None], mask[None])[0])
 
 
 def agreement(scans):
     """{"t1_ct": Dice of the two masks in the world, ..}, on the grid of the first by nearest neighbour."""
     dice = {}
-    for a, b in (("t1", "ct"), ("t1", "pet"), ("ct", "pet")):
-        if a in scans and b in scans:
-            moved = onto(scans[b].mask.astype(np.uint8), scans[b].affine, scans[a], 0, 0)
-            dice[f"{a}_{b}"] = overlap(moved > 0, scans[a].mask)
+    for a, b in itertools.combinations([m for m in ("t1", "ct", "pet") if m in scans], 2):
+        moved = onto(scans[b].mask.astype(np.uint8), scans[b].affine, scans[a], 0, 0)
+        dice[f"{a}_{b}"] = dice_regions(moved[None] > 0, scans[a].mask[None])[0]
     return dice
 
 
@@ -169,17 +154,17 @@ def lattice_offset(t1, ct):
     return offset if same else None
 
 
-def fit(t1, ct, bins=32):
+def fit(t1, ct, reach=np.array([10, 10, 2]), bins=32):
     """{fits, why, shift_voxels, shift_mm}: how far T1 has to be moved along its stored axes to lie on CT.
 
-    It is the shift up to REACH with most mutual information of T1 (0 to 1280) and CT (-250 to 250 HU), at every
+    By the shift, up to reach, with most mutual information of T1 (0 to 1280) and CT (-250 to 250 HU), every
     second voxel in plane. They fit when it is at most a voxel along each axis: 1 mm in plane and a slice.
     """
     offset = lattice_offset(t1, ct)
     if offset is None:
         return dict(fits=False, why="not on one lattice")
-    low = np.maximum(np.maximum(offset, 0), REACH)
-    high = np.minimum(offset + t1.mask.shape, ct.mask.shape - REACH)
+    low = np.maximum(np.maximum(offset, 0), reach)
+    high = np.minimum(offset + t1.mask.shape, ct.mask.shape - reach)
     if min(high - low) < 8:
         return dict(fits=False, why="too little in common")
 
@@ -187,19 +172,19 @@ def fit(t1, ct, bins=32):
         box = tuple(map(slice, low - start, high - start, (2, 2, 1)))
         return (np.clip((voxels[box] - least) / (most - least), 0, 0.999) * bins).astype(np.int64)
     ours, information = levels(t1.voxels, 0, 1280, offset) * bins, {}
-    for shift in itertools.product(*[range(-r, r + 1) for r in REACH]):
+    for shift in itertools.product(*[range(-r, r + 1) for r in reach]):
         pairs = (ours + levels(ct.voxels, -250, 250, -np.array(shift))).ravel()
         p = np.bincount(pairs, minlength=bins * bins).reshape(bins, bins) / pairs.size
         apart = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)
         information[shift] = (p[p > 0] * np.log(p[p > 0] / apart[p > 0])).sum()
     best = np.array(max(information, key=information.get))
     mm = float(np.linalg.norm(best * spacing_of(t1.affine)))
-    why = f"{'at least ' * any(abs(best) == REACH)}{mm:.1f} mm apart"
+    why = f"{'at least ' if any(abs(best) == reach) else ''}{mm:.1f} mm apart"
     return dict(fits=bool(abs(best).max() <= 1), why=why, shift_voxels=best, shift_mm=mm)
 
 
 def ellipsoid(scan, less, mean):
-    """Inscribed in the box (voxels' outer edges) less so many mm a side; no box left: nothing is marked, Dice 0."""
+    """In the box, to its voxels' outer edges, less some mm a side; no box left: nothing is marked, Dice 0."""
     shape, size = scan.mask.shape, scan.mask.shape * spacing_of(scan.affine)
     radii = size / 2 - less
     if min(radii) <= 0:
@@ -209,38 +194,38 @@ def ellipsoid(scan, less, mean):
 
 
 def above(scan, value, mean, share=False, largest=False):
-    """From a value, or a share of the scan's maximum; all of it, or its largest component (faces touching)."""
+    """From a value or a share of the scan's maximum; all of it or its largest component (faces touching)."""
     mask = scan.voxels >= (value * scan.voxels.max() if share else value)
     parts, count = ndimage.label(mask) if largest else (mask, 0)
     return parts == 1 + np.bincount(parts.ravel())[1:].argmax() if count else mask
 
 
 def measure(modality, train, test):
-    """[{floor, value, dice, n, each}] of {id: Scan}: what a guess from the box scores, and on PET a threshold.
-
-    `value` is the one of each floor's range with the best mean Dice on train; `dice` is the mean over test.
-    """
-    mean = np.mean([stretch(scan.mask.astype(np.float32), ATLAS, 1) for scan in train.values()], 0)
+    """[{floor, value, dice, n, each}] of {id: Scan}: what guesses from the box score, and on PET a threshold.
+    `value`, of each floor's range, has the best mean Dice on train; `dice` is the mean over test."""
+    mean = np.mean([stretch(scan.mask.astype(np.float32), (32, 32, 32), 1) for scan in train.values()], 0)
     means = {i: stretch(mean, scan.mask.shape, 1) for i, scan in (train | test).items()}
     ways = {"ellipsoid in the box less 50 mm": (ellipsoid, [RIM]),
             "ellipsoid in the box less .. mm": (ellipsoid, np.arange(21) * 2.5),
             "mean training mask from": (lambda scan, level, mean: mean >= level, np.arange(1, 20) / 20)}
-    for name, largest in (("", False), (", largest part", True)) if modality == "pet" else ():
-        ways[f"SUV from{name}"] = partial(above, largest=largest), np.arange(1, 81) / 4
-        ways[f"share of maximum from{name}"] = partial(above, share=True, largest=largest), np.arange(1, 50) / 50
+    for name, one in (("", False), (", largest part", True)) if modality == "pet" else ():
+        ways[f"SUV from{name}"] = partial(above, largest=one), np.arange(1, 81) / 4
+        ways[f"share of maximum from{name}"] = partial(above, share=True, largest=one), np.arange(1, 50) / 50
     rows = []
     for name, (predict, values) in ways.items():
         def dice(scans, value):
-            return {i: overlap(predict(scan, value, means[i]), scan.mask) for i, scan in scans.items()}
+            return {i: dice_regions(predict(scan, value, means[i])[None], scan.mask[None])[0]
+                    for i, scan in scans.items()}
         value = max(map(float, values), key=lambda value: sum(dice(train, value).values()))
         each = dice(test, value)
-        rows.append(dict(floor=name, value=value, dice=sum(each.values()) / len(each), n=len(each), each=each))
+        rows.append(dict(floor=name, value=value, dice=np.mean([*each.values()]), n=len(each), each=each))
     return rows
 
 
 def write_floors(patients, out):
-    """floors.json of the written files, each beside the same of the scans as downloaded; printed as a table."""
-    table, found = [("", "floor", "best on train", "test Dice", "as downloaded", "n")], {}
+    """floors.json of the written files, each beside that of the scans as downloaded; prints a table."""
+    found = {}
+    print(f"floors{'':42}best on train  test Dice  as downloaded   n")
     for modality in FILES:
         before, after = ({"train": {}, "test": {}} for _ in range(2))
         for number, scans in patients.items():
@@ -250,29 +235,36 @@ def write_floors(patients, out):
         found[modality] = measure(modality, **after)
         for row, old in zip(found[modality], measure(modality, **before)):
             row["as_downloaded"] = old["dice"]
-            numbers = f"{row['value']:g}", f"{row['dice']:.3f}", f"{old['dice']:.3f}", row["n"]
-            table.append((modality, row["floor"], *numbers))
+            print("{:4}{floor:44}{value:13g}{dice:11.3f}{as_downloaded:15.3f}{n:4}".format(modality, **row))
     write_json(out / "floors.json", found)
-    print(text_table(table))
 
 
 def paths(out, modality, number):
-    """Of the image and of the mask."""
     return [out / modality / kind / f"sts_{number}.nii.gz" for kind in ("imagesTr", "labelsTr")]
+
+
+def write_volume(path, array, affine):
+    """NIfTI; a file of that name is always whole, and equal voxels make equal bytes."""
+    image = nib.Nifti1Image(array, affine)
+    image.set_sform(affine, 1)                                      # 1: the scanner's coordinates
+    image.set_qform(affine, 1)
+    image.header.set_xyzt_units("mm")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as aside:
+        aside.write_bytes(gzip.compress(image.to_bytes(), 1, mtime=0))
 
 
 def write_patient(number, scans, out):
     """All files of a patient; returns their paths, and the patient's entry of pairs.json."""
     box = world_box(number, scans)
     small = {modality: trim(scan, box) for modality, scan in scans.items()}
-    pair, todo = {"masks": agreement(scans)}, []
+    todo, pair = [], {"masks": agreement(scans)}
     for modality, scan in small.items():
-        image, label = paths(out, modality, number)
-        todo += [(image, scan.voxels, scan), (label, scan.mask.astype(np.uint8), scan)]
+        todo += zip(paths(out, modality, number), (scan.voxels, scan.mask.astype(np.uint8)), (scan, scan))
     if len(small) == len(FILES):
         t1 = small["t1"]
-        arrays = {m: onto(scans[m].voxels, scans[m].affine, t1, 1, scans[m].voxels.min()) for m in ("ct", "pet")}
-        arrays |= {"t1": t1.voxels, "label": t1.mask.astype(np.uint8)}
+        arrays = {m: onto(scan.voxels, scan.affine, t1, 1, scan.voxels.min()) for m, scan in scans.items()}
+        arrays["label"] = t1.mask.astype(np.uint8)
         todo += [(out / "multi" / f"sts_{number}_{name}.nii.gz", array, t1) for name, array in arrays.items()]
     if "t1" in scans and "ct" in scans:
         pair["t1_ct"] = fit(scans["t1"], scans["ct"])
@@ -284,46 +276,43 @@ def write_patient(number, scans, out):
             todo += [(out / "t1_ct" / f"sts_{number}_t1.nii.gz", t1.voxels, t1),
                      (out / "t1_ct" / f"sts_{number}_ct.nii.gz", ct.voxels, t1)]
     for path, array, scan in todo:
-        write_nifti(path, array, scan.affine, scan.image)
-    shapes = [f"{m} {' -> '.join('x'.join(map(str, s[m].mask.shape)) for s in (scans, small))}" for m in small]
-    print(f"sts_{number}  {part(number):5}  {'  '.join(shapes)}", flush=True)
+        write_volume(path, array, scan.affine)
+    shapes = [f"{m} {scans[m].mask.shape} -> {small[m].mask.shape}" for m in small]
+    print(f"sts_{number}", f"{part(number):5}", *shapes, sep="  ", flush=True)
     return [path for path, _, _ in todo], pair
 
 
 def write_lists(patients, pairs, out):
-    """split.json, pairs.json and a dataset.json of each modality; prints the counts, and who is left out where."""
-    split, table = {}, [("", "scans", "train", "val", "test", "not in the source")]
-    about = {"description": "soft-tissue sarcomas, trimmed unevenly; see lab/sarcoma.py", "licence": "CC BY 3.0",
-             "reference": "theibsi/data_sets; TCIA, doi 10.7937/K9/TCIA.2015.7GO2GSKS", "tensorImageSize": "3D",
-             "labels": {"0": "background", "1": "tumour"}}
+    """split.json, pairs.json, each modality's dataset.json; prints the counts, and who is left out where."""
+    names = {name: [f"sts_{n}" for n in patients if part(n) == name] for name in ("train", "val", "test")}
     for m in FILES:
-        here = [n for n, scans in patients.items() if m in scans]
-        split[m] = {p: [f"sts_{n}" for n in here if part(n) == p] for p in ("train", "val", "test")}
-        table.append((m, len(here), *map(len, split[m].values()), " ".join(sorted({*patients} - {*here})) or "none"))
-        parts = [[{kind: f"./{kind}sTr/{i}.nii.gz" for kind in ("image", "label")} for i in ids]
-                 for ids in split[m].values()]
-        write_json(out / m / "dataset.json", about | {
-            "name": f"sarcoma {m}", "modality": {"0": m}, "numTraining": len(parts[0]), "numTest": len(parts[2]),
-            "training": parts[0], "validation": parts[1], "test": parts[2]})
-    drawn = {f"sts_{n}": margins(n) for n in patients}
-    write_json(out / "split.json", PARTS | {"modalities": split, "margins_mm": drawn})
+        here = {f"sts_{n}" for n, scans in patients.items() if m in scans}
+        lists = [[i for i in ids if i in here] for ids in names.values()]
+        print("{:4}{:3} train {:3} val {:3} test; not in the source:".format(m, *map(len, lists)),
+              *[n for n in patients if f"sts_{n}" not in here])
+        train, val, test = ([{kind: f"./{kind}sTr/{i}.nii.gz" for kind in ("image", "label")} for i in ids]
+                            for ids in lists)
+        write_json(out / m / "dataset.json", {
+            "name": f"sarcoma {m}", "description": "theibsi/data_sets, trimmed unevenly: lab/sarcoma.py",
+            "reference": "TCIA, doi 10.7937/K9/TCIA.2015.7GO2GSKS", "licence": "CC BY 3.0",
+            "numTraining": len(train), "numTest": len(test), "modality": {"0": m}, "tensorImageSize": "3D",
+            "labels": {"0": "background", "1": "tumour"}, "training": train, "validation": val, "test": test})
+    names["reserved"] = [f"sts_{n}" for n in PARTS["reserved"]]
+    write_json(out / "split.json", names | {"margins_mm": {f"sts_{n}": margins(n) for n in patients}})
     write_json(out / "pairs.json", {f"sts_{n}": pair for n, pair in pairs.items()})
-    print(text_table(table))
-    print("\n".join(f"{name}: {' '.join(numbers)}" for name, numbers in PARTS.items()) + ", written nowhere")
-    lacking = [n for n, scans in patients.items() if len(scans) < len(FILES)]
-    print(f"multi: {len(patients) - len(lacking)} patients; without all three: {' '.join(lacking) or 'none'}")
+    print("test:", *PARTS["test"], "\nval:", *PARTS["val"], "\nreserved, nowhere used:", *PARTS["reserved"])
+    print("multi, left out for a missing modality:", *[n for n in patients if len(patients[n]) < len(FILES)])
     fits = {n: pair["t1_ct"] for n, pair in pairs.items() if "t1_ct" in pair}
-    print("t1_ct: " + " ".join(n for n in fits if fits[n]["fits"]))
-    print("t1_ct, left out: " + ", ".join(f"{n} {fits[n]['why']}" for n in fits if not fits[n]["fits"]))
-    for name in ("t1_ct", "t1_pet", "ct_pet"):
-        dice = sorted((pair["masks"][name], n) for n, pair in pairs.items() if name in pair["masks"])
-        median, (least, who) = dice[len(dice) // 2][0], dice[0]
-        print(f"masks of {name}: median Dice {median:.3f}, least {least:.3f} (sts_{who}), n = {len(dice)}")
+    print("t1_ct:", *[n for n in fits if fits[n]["fits"]])
+    print("t1_ct, left out:", ", ".join(f"{n} {fits[n]['why']}" for n in fits if not fits[n]["fits"]))
+    for m in ("t1_ct", "t1_pet", "ct_pet"):
+        dice = sorted((pair["masks"][m], n) for n, pair in pairs.items() if m in pair["masks"])
+        print("masks {}: median Dice {:.3f} {}, least {:.3f} {}".format(m, *dice[len(dice) // 2], *dice[0]))
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Prepare the sarcomas of theibsi/data_sets as a benchmark.")
-    parser.add_argument("source", help="a clone of github.com/theibsi/data_sets, or its folder ibsi_validation")
+    parser.add_argument("source", help="clone of github.com/theibsi/data_sets, or its ibsi_validation")
     parser.add_argument("out", type=Path, help="folder to write; configs/sarcoma_*.py read data/sarcoma")
     args = parser.parse_args(argv)
     patients = read_all(source_folder(args.source))
@@ -333,9 +322,8 @@ def main(argv=None):
         written.update(files)
     write_lists(patients, pairs, args.out)
     write_floors(patients, args.out)
-    strange = sorted(set(args.out.glob("**/sts_*.nii.gz")) - written)
-    if strange:
-        raise SystemExit(f"{strange[0]}: of another run, like {len(strange) - 1} other files here; remove them")
+    if strange := sorted(set(args.out.glob("**/sts_*.nii.gz")) - written):
+        raise SystemExit(f"{strange[0]} and {len(strange) - 1} more are of another run; remove them")
 
 
 if __name__ == "__main__":
