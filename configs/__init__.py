@@ -1,10 +1,10 @@
 """The whole configuration mechanism: defaults in a script, then files of plain assignments, then --key=value.
 
-    cfg = load(Config, sys.argv[1:])      # Config: the script's dataclass of defaults, its comments explain every key
-    print(dump(cfg))                      # plain assignments again: a stored run configuration is itself a config file
+    cfg = load(Config, sys.argv[1:])    # Config: the script's dataclass, its comments explain every key
+    print(dump(cfg))                    # plain assignments again: a stored run configuration is a config file
 
-Keys and types are checked alike wherever a value comes from, so a typo in a file is as loud as one on the command line. And,
-because every room writes files: `replacing`.
+Keys and types are checked alike wherever a value comes from, so a typo in a file is as loud as one on the
+command line. And, because every room writes files: `replacing`.
 """
 import ast
 import contextlib
@@ -13,14 +13,15 @@ import difflib
 import os
 import pathlib
 import runpy
+import traceback
 import types
 
 
 def load(Config, argv):
-    """Config instance from `argv` = file.py .. --key=value ..; later files go over earlier ones. One line on any mistake.
+    """Config instance from `argv` = file.py .. --key=value ..; later files win. One line on any mistake.
 
-    A file may hold keys of another script as well (a task's config serves finetune.py and evaluate.py): they are named in a
-    printed line and left alone. A key on the command line must be one of this script's.
+    A file may hold keys of another script as well (a task's config serves finetune.py and evaluate.py): they
+    are named in a printed line and left alone. A key on the command line must be one of this script's.
     """
     fields = {f.name: f for f in dataclasses.fields(Config)}
     given, elsewhere = {}, []
@@ -32,10 +33,10 @@ def load(Config, argv):
                 given[key] = checked(fields, key, value, file)
     for arg in [arg for arg in argv if arg.startswith("--")]:
         key, equals, text = arg[2:].partition("=")                  # the value may itself contain '='
-        if not equals and key in fields and fields[key].type is bool:
+        if not equals:
+            if key not in fields or fields[key].type is not bool:
+                raise SystemExit(f"{arg}: write overrides as --{key}=VALUE")
             text = "True"                                           # a bare --compile switches it on
-        elif not equals:
-            raise SystemExit(f"{arg}: write overrides as --{key}=VALUE")
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -49,20 +50,27 @@ def load(Config, argv):
 
 
 def read(file):
-    """{key: value} of a file of plain assignments."""
+    """{key: value} of a file of plain assignments; one line that names the file where it cannot be run."""
     if not pathlib.Path(file).is_file():
-        near = ", ".join(sorted(str(p) for p in pathlib.Path(file).parent.glob("*.py") if p.stem != "__init__"))
+        near = ", ".join(sorted(map(str, pathlib.Path(file).parent.glob("[!_]*.py"))))
         raise SystemExit(f"{file}: no such config file" + (f"; there are: {near}" if near else ""))
+    try:
+        found = runpy.run_path(file)
+    except Exception as error:                                      # whatever it is, the file is at fault
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == file]
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise SystemExit(f"{file}: {said}" + (f" (line {lines[-1]})" if lines else "")) from None
     kinds = types.ModuleType, types.FunctionType, type
-    return {k: v for k, v in runpy.run_path(file).items() if k[0] != "_" and not isinstance(v, kinds)}
+    return {key: value for key, value in found.items() if key[0] != "_" and not isinstance(value, kinds)}
 
 
 def declared():
-    """The keys of every script's Config, read off the sources: so no script has to import another to know its keys."""
+    """The keys of every script's Config, read off the sources: no script imports another for them."""
     root = pathlib.Path(__file__).resolve().parents[1]
-    classes = [node for path in [*root.glob("*.py"), *root.glob("lab/*.py")] for node in ast.parse(path.read_text()).body
-               if isinstance(node, ast.ClassDef) and node.name == "Config"]
-    return {line.target.id for node in classes for line in node.body if isinstance(line, ast.AnnAssign)}
+    trees = [ast.parse(path.read_text()) for path in [*root.glob("*.py"), *root.glob("lab/*.py")]]
+    bodies = [node.body for tree in trees for node in tree.body if getattr(node, "name", "") == "Config"]
+    return {line.target.id for body in bodies for line in body if isinstance(line, ast.AnnAssign)}
 
 
 def dump(cfg):
@@ -71,22 +79,22 @@ def dump(cfg):
 
 
 def checked(fields, key, value, where):
-    """The value of a key as its default has it (a list as a tuple, 1 as 1.0), or one line that says what was expected."""
+    """The value of a key as its default has it (a list as a tuple, 1 as 1.0), or a line on what is due."""
     if key not in fields:
         near = difflib.get_close_matches(key, fields, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
         raise SystemExit(f"{where}: unknown config key {key!r}; {hint}")
     want, default = fields[key].type, fields[key].default
-    if fields[key].default_factory is not dataclasses.MISSING:
+    if default is dataclasses.MISSING:
         default = fields[key].default_factory()
     kinds = want.__args__ if isinstance(want, types.UnionType) else (want,)
     if isinstance(value, list):
         value = tuple(value)
     if float in kinds and type(value) is int:
         value = float(value)
-    if type(value) not in kinds:                                    # type(), not isinstance: True is no int here
-        names = " or ".join(k.__name__ for k in kinds)
-        raise SystemExit(f"{where}: {key} = {value!r} is {type(value).__name__}, expected {names} like {default!r}")
+    if type(value) not in kinds:                                # type(), not isinstance: True is no int here
+        kind, names = type(value).__name__, " or ".join(k.__name__ for k in kinds)
+        raise SystemExit(f"{where}: {key} = {value!r} is {kind}, expected {names} like {default!r}")
     if type(value) is tuple and type(default) is tuple and default and numbers(default):
         if len(value) != len(default) or not numbers(value):
             raise SystemExit(f"{where}: {key} = {value!r}, expected {len(default)} numbers like {default!r}")
@@ -104,16 +112,16 @@ def numbers(values):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file beside `path`, to be written instead of it: it takes the name when the block ends, and is gone if the block fails.
+    """A file beside `path`, written first: it takes the name when the block ends, and is gone if that fails.
 
     So a reader, or a run that is killed, finds the old file or the whole new one.
     """
-    path = pathlib.Path(path)
-    aside = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")     # no pattern for data finds it
+    path = pathlib.Path(path)                                   # no pattern for data finds the name beside it
+    aside = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
     try:
         yield aside
         with open(aside, "rb") as file:
-            os.fsync(file.fileno())                                 # the name must not reach the disk before the content
+            os.fsync(file.fileno())     # the name must not reach the disk before the content
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -3,9 +3,10 @@
     python finetune.py configs/adni.py --init=runs/pet/encoder.pt --name=adni
     python evaluate.py configs/adni.py --name=adni
 
-Download: adni.loni.usc.edu, one collection as NIfTI with its csv: data/ADNI/<subject>/<description>/<date>/<I123456>/<file>.nii and
-data/ADNI/ADNI.csv (columns Image Data ID, Subject, Group). Tracer, counts and split of the paper are not published; all values are
-ours or as said. The paper's accuracies lie near 56 % for every method: the majority class is printed beside the score.
+Download: adni.loni.usc.edu, one collection as NIfTI with its csv:
+data/ADNI/<subject>/<description>/<date>/<I123456>/<file>.nii and data/ADNI/ADNI.csv (columns Image Data ID,
+Subject, Group). Tracer, counts and split of the paper are not published; all values are ours or as said. The
+paper's accuracies lie near 56 % for every method: the majority class is printed beside the score.
 """
 task = "classification"
 name = "adni"

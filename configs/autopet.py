@@ -3,10 +3,14 @@
     python finetune.py configs/autopet.py --init=runs/pet/encoder.pt --name=autopet
     python evaluate.py configs/autopet.py --name=autopet
 with the CT resampled to the PET grid as second channel:
-    --in_channels=2 --image="('FDG-PET-CT-Lesions/{subject}/{study}/SUV.nii.gz', 'FDG-PET-CT-Lesions/{subject}/{study}/CTres.nii.gz')"
+    --in_channels=2
+    --image="('FDG-PET-CT-Lesions/{subject}/{study}/SUV.nii.gz',
+              'FDG-PET-CT-Lesions/{subject}/{study}/CTres.nii.gz')"
 
-Download: TCIA FDG-PET-CT-Lesions, NIfTI form: data/FDG-PET-CT-Lesions/PETCT_<hash>/<study>/{CTres,SUV,SEG}.nii.gz, 1014 studies of
-900 patients. Patients with several studies are never divided. What the paper did here is not published; all values are ours or as said.
+Download: TCIA FDG-PET-CT-Lesions, NIfTI form:
+data/FDG-PET-CT-Lesions/PETCT_<hash>/<study>/{CTres,SUV,SEG}.nii.gz, 1014 studies of 900 patients. Patients
+with several studies are never divided. What the paper did here is not published; all values are ours or as
+said.
 """
 task = "segmentation"
 name = "autopet"

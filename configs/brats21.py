@@ -3,16 +3,19 @@
     python finetune.py configs/brats21.py --init=runs/mri/encoder.pt --name=brats21
     python evaluate.py configs/brats21.py --name=brats21
 
-Download: synapse.org syn25829067, unpacked to data/BraTS2021/BraTS2021_00000/BraTS2021_00000_{flair,t1ce,t1,t2,seg}.nii.gz, 1251 cases.
-Enhancing tumour is id 4 here and 3 in BraTS23; both are read as 3, a file with both is refused. The folds of brats21_folds.json
-are taken with --datalist=brats21_folds.json --fold=0 --image="()" --label= ; without that file a fifth of the subjects is drawn by split_seed.
+Download: synapse.org syn25829067, unpacked to
+data/BraTS2021/BraTS2021_00000/BraTS2021_00000_{flair,t1ce,t1,t2,seg}.nii.gz, 1251 cases. Enhancing tumour is
+id 4 here and 3 in BraTS23; both are read as 3, a file with both is refused. The folds of brats21_folds.json
+are taken with --datalist=brats21_folds.json --fold=0 --image="()" --label= ; without that file a fifth of the
+subjects is drawn by split_seed.
 """
 task = "segmentation"
 name = "brats21"
 dataset = "brats21"
 in_channels = 4
+# order of MONAI's fold file
 image = ("BraTS2021/{subject}/{subject}_flair.nii.gz", "BraTS2021/{subject}/{subject}_t1ce.nii.gz",
-         "BraTS2021/{subject}/{subject}_t1.nii.gz", "BraTS2021/{subject}/{subject}_t2.nii.gz")     # order of MONAI's fold file
+         "BraTS2021/{subject}/{subject}_t1.nii.gz", "BraTS2021/{subject}/{subject}_t2.nii.gz")
 label = "BraTS2021/{subject}/{subject}_seg.nii.gz"
 labels = {1: "necrotic core", 2: "edema", 3: "enhancing"}
 remap = {4: 3}                  # BraTS21's id of enhancing tumour

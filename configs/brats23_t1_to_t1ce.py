@@ -7,4 +7,5 @@ from configs.brats23_t1_to_t2 import *
 
 name = "brats23_t1_to_t1ce"
 dataset = "brats23_t1_to_t1ce"
-target = "ASNR-MICCAI-BraTS2023-GLI-Challenge-TrainingData/BraTS-GLI-{subject}-{visit}/BraTS-GLI-{subject}-{visit}-t1c.nii.gz"
+target = ("ASNR-MICCAI-BraTS2023-GLI-Challenge-TrainingData/BraTS-GLI-{subject}-{visit}/"
+          "BraTS-GLI-{subject}-{visit}-t1c.nii.gz")

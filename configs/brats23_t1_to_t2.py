@@ -4,14 +4,18 @@
     python evaluate.py configs/brats23_t1_to_t2.py --name=t1_to_t2
 Any other pair of t1n, t1c, t2w, t2f by --image and --target.
 
-Download: synapse.org syn51156910, data/ASNR-MICCAI-BraTS2023-GLI-Challenge-TrainingData/BraTS-GLI-00000-000/..-{t1n,t1c,t2w,t2f,seg}.nii.gz.
-The loss is L1 + L2 over the brain (released code: 10 x the square, where the z-score is above -0.35). Split: not published.
+Download: synapse.org syn51156910,
+data/ASNR-MICCAI-BraTS2023-GLI-Challenge-TrainingData/BraTS-GLI-00000-000/..-{t1n,t1c,t2w,t2f,seg}.nii.gz. The
+loss is L1 + L2 over the brain (released code: 10 x the square, where the z-score is above -0.35). Split: not
+published.
 """
 task = "translation"
 name = "brats23_t1_to_t2"
 dataset = "brats23_t1_to_t2"
-image = "ASNR-MICCAI-BraTS2023-GLI-Challenge-TrainingData/BraTS-GLI-{subject}-{visit}/BraTS-GLI-{subject}-{visit}-t1n.nii.gz"
-target = "ASNR-MICCAI-BraTS2023-GLI-Challenge-TrainingData/BraTS-GLI-{subject}-{visit}/BraTS-GLI-{subject}-{visit}-t2w.nii.gz"
+image = ("ASNR-MICCAI-BraTS2023-GLI-Challenge-TrainingData/BraTS-GLI-{subject}-{visit}/"
+         "BraTS-GLI-{subject}-{visit}-t1n.nii.gz")
+target = ("ASNR-MICCAI-BraTS2023-GLI-Challenge-TrainingData/BraTS-GLI-{subject}-{visit}/"
+          "BraTS-GLI-{subject}-{visit}-t2w.nii.gz")
 intensity = "zscore"
 zscore_over = "volume"          # zeros included; released code
 foreground = 0.0

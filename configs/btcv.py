@@ -3,17 +3,19 @@
     python finetune.py configs/btcv.py --init=runs/ct/encoder.pt --name=btcv
     python evaluate.py configs/btcv.py --name=btcv
 
-Download: synapse.org syn3193805, unpacked to data/BTCV/Abdomen/RawData/Training/{img/img0001.nii.gz, label/label0001.nii.gz}, 30 scans.
-The field trains on 24, and chooses and reports on the same six cases; so does this config, and its table says so. For a test
-of its own: --test="('0035', '0036', '0037')" --val="('0038', '0039', '0040')".
+Download: synapse.org syn3193805, unpacked to data/BTCV/Abdomen/RawData/Training/{img/img0001.nii.gz,
+label/label0001.nii.gz}, 30 scans. The field trains on 24, and chooses and reports on the same six cases; so
+does this config, and its table says so. For a test of its own: --test="('0035', '0036', '0037')"
+--val="('0038', '0039', '0040')".
 """
 task = "segmentation"
 name = "btcv"
 dataset = "btcv"
 image = "BTCV/Abdomen/RawData/Training/img/img{id}.nii.gz"
 label = "BTCV/Abdomen/RawData/Training/label/label{id}.nii.gz"
-labels = {1: "spleen", 2: "R kidney", 3: "L kidney", 4: "gallbladder", 5: "esophagus", 6: "liver", 7: "stomach", 8: "aorta", 9: "IVC",
-          10: "portal+splenic v.", 11: "pancreas", 12: "R adrenal", 13: "L adrenal"}
+labels = {1: "spleen", 2: "R kidney", 3: "L kidney", 4: "gallbladder", 5: "esophagus", 6: "liver",
+          7: "stomach", 8: "aorta", 9: "IVC", 10: "portal+splenic v.", 11: "pancreas", 12: "R adrenal",
+          13: "L adrenal"}
 val = ("0035", "0036", "0037", "0038", "0039", "0040")  # VoCo and MONAI dataset_0.json
 test = "val"                    # as all public recipes do
 window = (-175.0, 250.0)        # HU; released code, VoCo, MONAI

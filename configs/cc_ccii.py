@@ -3,10 +3,10 @@
     python finetune.py configs/cc_ccii.py --init=runs/ct/encoder.pt --name=cc_ccii
     python evaluate.py configs/cc_ccii.py --name=cc_ccii
 
-Download: ncov-ai.big.ac.cn/download, unpacked to data/CC-CCII/{NCP,CP,Normal}/<patient>/<scan>/<slice>.png (Pillow reads them), and the
-curated lists CC_CCII_fold{0,1,2}_{train,valid}.csv to data/CC-CCII/csv. Pictures are 8 bit, windowed already: no HU. The three valid
-lists share 405 scans: they are the test set here, the rest of fold 0's valid list chooses. Scans that no list names are left out
-of every part by `only`.
+Download: ncov-ai.big.ac.cn/download, unpacked to data/CC-CCII/{NCP,CP,Normal}/<patient>/<scan>/<slice>.png
+(Pillow reads them), and the curated lists CC_CCII_fold{0,1,2}_{train,valid}.csv to data/CC-CCII/csv. Pictures
+are 8 bit, windowed already: no HU. The three valid lists share 405 scans: they are the test set here, the
+rest of fold 0's valid list chooses. Scans that no list names are left out of every part by `only`.
 """
 task = "classification"
 name = "cc_ccii"
@@ -17,7 +17,8 @@ table_key = "{patient_id}_{scan_id}"
 case_key = "{subject}_{scan}"
 only = ("CC-CCII/csv/CC_CCII_fold0_train.csv", "CC-CCII/csv/CC_CCII_fold0_valid.csv")
 val = "CC-CCII/csv/CC_CCII_fold0_valid.csv"
-test = ("CC-CCII/csv/CC_CCII_fold0_valid.csv", "CC-CCII/csv/CC_CCII_fold1_valid.csv", "CC-CCII/csv/CC_CCII_fold2_valid.csv")
+test = ("CC-CCII/csv/CC_CCII_fold0_valid.csv", "CC-CCII/csv/CC_CCII_fold1_valid.csv",
+        "CC-CCII/csv/CC_CCII_fold2_valid.csv")
 intensity = "window"
 window = (0.0, 255.0)           # grey levels
 foreground = -1.0               # the whole picture

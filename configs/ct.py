@@ -2,19 +2,20 @@
 
     torchrun --nproc_per_node=8 pretrain.py configs/ct.py --batch=8
 
-Download (scans; folder below the data root, as the original archives unpack):
-    BTCV             24 of 30   BTCV/Abdomen/RawData/Training/img/                           synapse.org syn3193805
-    COVID-19             771    CT-Images-in-COVID-19/                                       TCIA, NIfTI release
-    LUNA16               888    LUNA16/subset0 .. subset9/*.mhd                              luna16.grand-challenge.org   SimpleITK
-    STOIC21             2000    stoic2021-training/data/mha/*.mha                            AWS open data, CC BY-NC       SimpleITK
-    TotalSegmentator v1 1203    Totalsegmentator_dataset/s0000/ct.nii.gz                     zenodo 6802614
-    FLARE23             4000    FLARE23/imagesTr2200/, FLARE23/unlabeledTr1800/              flare 2023 challenge
-    HNSCC               1071    HNSCC/<patient>/<study>/<CT series>/*.dcm                    TCIA                          SimpleITK
-    LIDC-IDRI            589    LIDC-IDRI/<patient>/<study>/<CT series>/*.dcm                TCIA                          SimpleITK
-The released code's lists add up to 10,452 scans. TCIA folders hold other series too (structure sets, PET): keep the CT series or
-name the others under `exclude`; python data.py configs/ct.py names every file that cannot be used.
-LUNA16 is a part of LIDC-IDRI and FLARE23 gathers older public sets, so scans come twice, and images (never labels) of MSD
-may be among them: say so when a downstream score on MSD is reported.
+Download (scans; folder below the data root, as the original archives unpack; LUNA16,
+STOIC21, HNSCC and LIDC-IDRI need SimpleITK):
+    BTCV             24 of 30   BTCV/Abdomen/RawData/Training/img/              synapse.org syn3193805
+    COVID-19             771    CT-Images-in-COVID-19/                          TCIA, NIfTI release
+    LUNA16               888    LUNA16/subset0 .. subset9/*.mhd                 luna16.grand-challenge.org
+    STOIC21             2000    stoic2021-training/data/mha/*.mha               AWS open data, CC BY-NC
+    TotalSegmentator v1 1203    Totalsegmentator_dataset/s0000/ct.nii.gz        zenodo 6802614
+    FLARE23             4000    FLARE23/imagesTr2200/, FLARE23/unlabeledTr1800/ flare 2023 challenge
+    HNSCC               1071    HNSCC/<patient>/<study>/<CT series>/*.dcm       TCIA
+    LIDC-IDRI            589    LIDC-IDRI/<patient>/<study>/<CT series>/*.dcm   TCIA
+The released code's lists add up to 10,452 scans. TCIA folders hold other series too (structure sets, PET):
+keep the CT series or name the others under `exclude`; python data.py configs/ct.py names every file that
+cannot be used. LUNA16 is a part of LIDC-IDRI and FLARE23 gathers older public sets, so scans come twice, and
+images (never labels) of MSD may be among them: say so when a downstream score on MSD is reported.
 """
 name = "ct"
 dataset = "ct"

@@ -3,10 +3,13 @@
     torchrun --nproc_per_node=8 pretrain.py configs/ct_1k.py --batch=8
 
 Download, both need a free account:
-    BTCV           synapse.org syn3193805      data/BTCV/Abdomen/RawData/Training/img/img0001.nii.gz ..      30 scans
-    COVID-19       The Cancer Imaging Archive  data/CT-Images-in-COVID-19/volume-covid19-A-0000.nii.gz ..  771 scans
-795 scans are used: the six that BTCV is later scored on are left out, so that no test image is seen here. The released code
-lists 746 (24 + 722 of 771). Then: python data.py configs/ct_1k.py checks the files and fills the cache, 2 bytes a voxel.
+    BTCV      30 scans   synapse.org syn3193805
+                         data/BTCV/Abdomen/RawData/Training/img/img0001.nii.gz ..
+    COVID-19  771 scans  The Cancer Imaging Archive
+                         data/CT-Images-in-COVID-19/volume-covid19-A-0000.nii.gz ..
+795 scans are used: the six that BTCV is later scored on are left out, so that no test image is seen here. The
+released code lists 746 (24 + 722 of 771). Then: python data.py configs/ct_1k.py checks the files and fills
+the cache, 2 bytes a voxel.
 """
 name = "ct_1k"
 dataset = "ct_1k"

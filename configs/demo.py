@@ -7,7 +7,8 @@
 name = "demo"
 dataset = "demo_ct"
 scans = "demo_ct/train/imagesTr/*.nii.gz"
-window = (-175.0, 250.0)        # HU; soft tissue, as VoCo pre-trains: between air and bone the organs differ by a few per cent
+# HU; soft tissue, as VoCo pre-trains: between air and bone the organs differ by a few per cent
+window = (-175.0, 250.0)
 slab = (64, 64, 64)             # voxels of 3 mm
 crop = (64, 64, 64)             # one crop a slab
 workers = 2

@@ -3,7 +3,8 @@
     torchrun --nproc_per_node=8 pretrain.py configs/mri.py --batch=8
 
 Download from sites.wustl.edu/oasisbrains (data use agreement), as its scripts lay it out:
-    data/OASIS3/OAS30001_MR_d0129/anat2/sub-OAS30001_ses-d0129_run-01_T1w.nii.gz      some files spell sess-d0129
+    data/OASIS3/OAS30001_MR_d0129/anat2/sub-OAS30001_ses-d0129_run-01_T1w.nii.gz
+(some files spell sess-d0129).
 Which sequences make 6605 scans is not published; T1w, T2w and FLAIR are taken here (ours).
 """
 name = "mri"
@@ -16,7 +17,8 @@ scans = (
 intensity = "zscore"
 zscore_over = "volume"          # zeros included; released code
 foreground = 0.0                # crop to the voxels above it; released code
-slab = (192, 192, 96)           # 2 x 2 x 1 crops; ours: a head is smaller than 384 voxels (released code enlarges it to 384 x 384 x 96)
+# 2 x 2 x 1 crops; ours: a head is smaller than 384 voxels (released code enlarges it to 384 x 384 x 96)
+slab = (192, 192, 96)
 token_patch = 32                # released code
 rotation = (20.0, 20.0, 30.0)   # degrees about x y z; z: released code, x y: ours, a head turns freely
 steps = 100_000                 # paper

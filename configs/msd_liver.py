@@ -3,8 +3,9 @@
     python finetune.py configs/msd_liver.py --init=runs/ct/encoder.pt --name=msd_liver
     python evaluate.py configs/msd_liver.py --name=msd_liver
 
-Download: medicaldecathlon.com, Task03_Liver.tar unpacked below the data root: imagesTr/liver_0.nii.gz, labelsTr/, 131 labelled scans.
-FLARE23, part of configs/ct.py, gathers older public sets: its images may be among these, say so beside a score.
+Download: medicaldecathlon.com, Task03_Liver.tar unpacked below the data root: imagesTr/liver_0.nii.gz,
+labelsTr/, 131 labelled scans. FLARE23, part of configs/ct.py, gathers older public sets: its images may be
+among these, say so beside a score.
 """
 task = "segmentation"
 name = "msd_liver"
@@ -12,8 +13,8 @@ dataset = "msd_liver"
 image = "Task03_Liver/imagesTr/liver_{id}.nii.gz"
 label = "Task03_Liver/labelsTr/liver_{id}.nii.gz"
 labels = {1: "liver", 2: "tumour"}
-val = ("126", "100", "49", "57", "92", "85", "123", "74", "2", "99", "103", "81", "48", "65", "116", "67", "16", "14", "51", "17", "70",
-       "101", "3")              # Large-Scale-Medical, 108 / 23
+val = ("126", "100", "49", "57", "92", "85", "123", "74", "2", "99", "103", "81", "48", "65", "116", "67",
+       "16", "14", "51", "17", "70", "101", "3")            # Large-Scale-Medical, 108 / 23
 test = "val"                    # the public splits have no third part
 window = (-175.0, 250.0)        # HU; Large-Scale-Medical
 foreground = -175.0             # HU; ours

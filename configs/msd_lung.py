@@ -3,7 +3,8 @@
     python finetune.py configs/msd_lung.py --init=runs/ct/encoder.pt --name=msd_lung
     python evaluate.py configs/msd_lung.py --name=msd_lung
 
-Download: medicaldecathlon.com, Task06_Lung.tar unpacked below the data root: imagesTr/lung_001.nii.gz, labelsTr/, 63 labelled scans.
+Download: medicaldecathlon.com, Task06_Lung.tar unpacked below the data root: imagesTr/lung_001.nii.gz,
+labelsTr/, 63 labelled scans.
 """
 task = "segmentation"
 name = "msd_lung"
@@ -11,7 +12,8 @@ dataset = "msd_lung"
 image = "Task06_Lung/imagesTr/lung_{id}.nii.gz"
 label = "Task06_Lung/labelsTr/lung_{id}.nii.gz"
 labels = {1: "tumour"}
-val = ("006", "010", "033", "034", "041", "042", "046", "048", "059", "065", "066", "070", "079")   # Large-Scale-Medical, 50 / 13
+val = ("006", "010", "033", "034", "041", "042", "046", "048", "059", "065", "066", "070",
+       "079")                   # Large-Scale-Medical, 50 / 13
 test = "val"                    # the public splits have no third part
 window = (-1000.0, 500.0)       # HU; Large-Scale-Medical
 foreground = -500.0             # HU, the body; ours

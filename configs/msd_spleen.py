@@ -3,7 +3,8 @@
     python finetune.py configs/msd_spleen.py --init=runs/ct/encoder.pt --name=msd_spleen
     python evaluate.py configs/msd_spleen.py --name=msd_spleen
 
-Download: medicaldecathlon.com, Task09_Spleen.tar unpacked below the data root: imagesTr/spleen_2.nii.gz, labelsTr/, 41 labelled scans.
+Download: medicaldecathlon.com, Task09_Spleen.tar unpacked below the data root: imagesTr/spleen_2.nii.gz,
+labelsTr/, 41 labelled scans.
 """
 task = "segmentation"
 name = "msd_spleen"
@@ -11,7 +12,7 @@ dataset = "msd_spleen"
 image = "Task09_Spleen/imagesTr/spleen_{id}.nii.gz"
 label = "Task09_Spleen/labelsTr/spleen_{id}.nii.gz"
 labels = {1: "spleen"}
-val = ("10", "13", "14", "17", "31", "33", "44", "47", "56")   # VoCo's successor (Large-Scale-Medical), 32 / 9
+val = ("10", "13", "14", "17", "31", "33", "44", "47", "56")  # VoCo's successor (Large-Scale-Medical), 32 / 9
 test = "val"                    # the public splits have no third part
 window = (-175.0, 250.0)        # HU; Large-Scale-Medical
 foreground = -175.0             # HU; ours

@@ -4,10 +4,12 @@
 
 Download, each under its own agreement:
     UDPET   udpet-challenge.github.io   DICOM series, or NIfTI in newer releases
-            data/UDPET/<scanner folder>/<patient>/<dose folder>/*.dcm        dose folder: Full_dose, or one that ends in normal / NORMAL
+            data/UDPET/<scanner folder>/<patient>/<dose folder>/*.dcm
+            dose folder: Full_dose, or one that ends in normal / NORMAL
     ADNI    adni.loni.usc.edu           data/ADNI/<subject 002_S_0295>/<description>/<date>/<I123456>/*.nii
-How many scans of each, which tracers and which doses make 3519 is not published; the full dose alone is taken here (ours).
-DICOM needs SimpleITK. A pattern of a set you do not have is an error: give --scans="('ADNI/*/*/*/I*/*.nii',)".
+How many scans of each, which tracers and which doses make 3519 is not published; the full dose alone is taken
+here (ours). DICOM needs SimpleITK. A pattern of a set you do not have is an error: give
+--scans="('ADNI/*/*/*/I*/*.nii',)".
 """
 name = "pet"
 dataset = "pet"
@@ -20,7 +22,7 @@ intensity = "zscore"
 zscore_over = "volume"          # released code
 foreground = 0.0                # Bq/ml
 crop_foreground = True          # ours: air around the patient is most of a PET field of view
-slab = (384, 384, 96)           # padded with the least value where a scan is smaller; released code pads with 0
+slab = (384, 384, 96)           # padded with the least value where a scan is smaller; released code: with 0
 token_patch = 32                # released code
 steps = 100_000                 # paper
 warmup = 500                    # released code

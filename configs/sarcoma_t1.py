@@ -7,34 +7,13 @@
 
 Hold the Dice against floors.json, what the box of the scan alone gives away: see lab/sarcoma.py.
 """
-task = "segmentation"
+from configs.sarcoma_ct import *
+
 name = "sarcoma_t1"
 dataset = "sarcoma_t1"
 image = "sarcoma/t1/imagesTr/{id}.nii.gz"
 label = "sarcoma/t1/labelsTr/{id}.nii.gz"
-labels = {1: "tumour"}
-val = ("sts_003", "sts_022", "sts_041")
-test = ("sts_001", "sts_004", "sts_008", "sts_012", "sts_018", "sts_024", "sts_026", "sts_031", "sts_034",
-        "sts_036", "sts_042", "sts_044", "sts_048", "sts_050")
 intensity = "scale"
 window = (0.0, 1000.0)          # the source set fat near 1000 in every scan. A z-score would move with
                                 # the share of air that the trimming leaves in a scan
 foreground = 0.0                # the same unit; air is 0 to 60
-spacing = (2.0, 2.0, 3.27)      # mm; half the resolution in plane, z as stored: a crop of 128 x 128 x 209 mm
-crop = (64, 64, 64)
-feature_size = 12
-num_heads = (1, 2, 4, 8)
-window_size = 4
-workers = 2
-rotation = (10.0, 10.0, 10.0)   # degrees
-flip = (0.5, 0.0, 0.0)          # a left leg is a mirrored right one
-crops_per_case = 1
-batch = 1
-balance = 0.5                   # a tumour is a few per cent of the scan
-steps = 300
-warmup = 30
-lr = 2e-2                       # a short run needs it
-layer_decay = 0.4               # as in configs/demo_segmentation.py
-eval_every = 100
-save_every = 100
-sheets = 2

@@ -1,9 +1,11 @@
-"""The study: what each loss, and each choice that the paper leaves open, is worth on synthetic abdomens (Tables 7 and 8).
+"""The study: what each loss, and each choice that the paper leaves open, is worth on synthetic abdomens
+(Tables 7 and 8).
 
     python -m lab.phantom --demo
     python -m lab.study configs/study.py
 
-Every row and seed is an ordinary run of configs/demo.py with the keys below; started again it goes on where it stopped.
+Every row and seed is an ordinary run of configs/demo.py with the keys below; started again it goes on where
+it stopped.
 """
 name = "study"
 seeds = (0, 1, 2)
@@ -39,4 +41,6 @@ shot_rows = ("random", "L_g", "all three")
 shots = (1, 2, 4, 8)            # takes hours on a CPU; () leaves it at the probes
 labelled = 20                   # training subjects of the fine-tuning config
 finetune_config = "configs/demo_segmentation.py"
-finetune_keys = {"test": "unseen_100*", "exclude": ("unseen_101*", "unseen_102*", "unseen_103*"), "eval_every": 150}    # 10 of the 32
+# 10 of the 32
+finetune_keys = {"test": "unseen_100*", "exclude": ("unseen_101*", "unseen_102*", "unseen_103*"),
+                 "eval_every": 150}

@@ -1,9 +1,10 @@
-"""The study in small on real CT: tumour against all else in the scan, air too, on patients that pre-training has not seen.
+"""The study in small on real CT: tumour against all else in the scan, air too, on patients that pre-training
+has not seen.
 
     S2DC_DATA=$S2DC_REAL_DATA python -m lab.study configs/study_ct.py
 
-Six scans without their labels: abdomen, chest, head, liver and two sarcomas of the limbs. The probe learns on the two sarcomas and
-is tested on a third patient.
+Six scans without their labels: abdomen, chest, head, liver and two sarcomas of the limbs. The probe learns on
+the two sarcomas and is tested on a third patient.
 """
 name = "study_ct"
 seeds = (0, 1, 2)
@@ -13,8 +14,8 @@ rows = {"random": None, "L_g": {"weights": (1, 0, 0)}, "all three": {}}
 pretrain_keys = {
     "steps": 200, "warmup": 20, "save_every": 200,
     "dataset": "study_ct",
-    "scans": ("ct/ts_abdomen_3mm.nii.gz", "ct/ts_aorta_1p5mm.nii.gz", "ct/ts_brain_atlas_1mm.nii.gz", "ct/crlm_1004_abdomen.nii.gz",
-              "ct/sts_008_ct.nii.gz", "ct/sts_012_ct.nii.gz"),
+    "scans": ("ct/ts_abdomen_3mm.nii.gz", "ct/ts_aorta_1p5mm.nii.gz", "ct/ts_brain_atlas_1mm.nii.gz",
+              "ct/crlm_1004_abdomen.nii.gz", "ct/sts_008_ct.nii.gz", "ct/sts_012_ct.nii.gz"),
     "window": (-175.0, 250.0),
     "spacing": (1.0, 1.0, 1.0),
 }

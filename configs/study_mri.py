@@ -1,9 +1,10 @@
-"""The study in small on real MRI: tumour against all else in the scan, air too, on patients that pre-training has not seen.
+"""The study in small on real MRI: tumour against all else in the scan, air too, on patients that pre-training
+has not seen.
 
     S2DC_DATA=$S2DC_REAL_DATA python -m lab.study configs/study_mri.py
 
-Fifteen scans without their labels: heads, spines, a thigh and four sarcomas of the limbs. The probe learns on two of them and is
-tested on two other patients.
+Fifteen scans without their labels: heads, spines, a thigh and four sarcomas of the limbs. The probe learns on
+two of them and is tested on two other patients.
 """
 name = "study_mri"
 seeds = (0, 1, 2)
@@ -13,10 +14,12 @@ rows = {"random": None, "L_g": {"weights": (1, 0, 0)}, "all three": {}}
 pretrain_keys = {
     "steps": 200, "warmup": 20, "save_every": 200,
     "dataset": "study_mri",
-    "scans": ("mri/avg152_t1.nii.gz", "mri/avg152_t2.nii.gz", "mri/avg152_pd.nii.gz", "mri/single_subject_t1.nii.gz",
+    "scans": ("mri/avg152_t1.nii.gz", "mri/avg152_t2.nii.gz", "mri/avg152_pd.nii.gz",
+              "mri/single_subject_t1.nii.gz",
               "mri/stroke_t1.nii.gz", "mri/stroke_t2.nii.gz", "mri/stroke_flair.nii.gz",
               "mri/sts_001_thigh_t1.nii.gz", "mri/sts_001_thigh_t2fs.nii.gz", "mri/spine_t1.nii.gz",
-              "mri/spine_t2.nii.gz", "mri/sts_002_t1.nii.gz", "mri/sts_004_t1.nii.gz", "mri/sts_008_t1.nii.gz",
+              "mri/spine_t2.nii.gz", "mri/sts_002_t1.nii.gz", "mri/sts_004_t1.nii.gz",
+              "mri/sts_008_t1.nii.gz",
               "mri/sts_019_t1.nii.gz"),
     "intensity": "zscore", "zscore_over": "foreground", "foreground": 0.0,
     "spacing": (1.0, 1.0, 1.0),

@@ -4,10 +4,11 @@
     python evaluate.py configs/udpet.py --name=udpet
 another factor: --image="UDPET/{subject}/drf_20.nii.gz"
 
-Download: udpet-challenge.github.io (data transfer agreement), NIfTI form in Bq/ml: data/UDPET/<patient>/{drf_50,full}.nii.gz. DICOM series
-work as folders: --image="UDPET/{group}/{subject}/1-50 dose/" --target="UDPET/{group}/{subject}/Full_dose/".
-The loss is 0.95 L1 + 0.05 (1 - SSIM), which a public UDPET solution found best: L1 follows the median and does not blur hot spots as the
-square does. The network adds a correction to its input. What the paper did is not published.
+Download: udpet-challenge.github.io (data transfer agreement), NIfTI form in Bq/ml:
+data/UDPET/<patient>/{drf_50,full}.nii.gz. DICOM series work as folders: --image="UDPET/{group}/{subject}/1-50
+dose/" --target="UDPET/{group}/{subject}/Full_dose/". The loss is 0.95 L1 + 0.05 (1 - SSIM), which a public
+UDPET solution found best: L1 follows the median and does not blur hot spots as the square does. The network
+adds a correction to its input. What the paper did is not published.
 """
 task = "reconstruction"
 name = "udpet"
@@ -19,7 +20,8 @@ intensity = "scale"             # not clipped: the bladder lies far above
 window = (0.0, 14973.0)         # Bq/ml, 99.9th percentile of full-dose Quadra scans; public (uEXPLORER 14297)
 foreground = 0.0
 crop_foreground = False
-data_range = 1.0                # of PSNR and SSIM: the 99.9th percentile (0: each target's maximum, higher scores)
+# of PSNR and SSIM: the 99.9th percentile (0: each target's maximum, higher scores)
+data_range = 1.0
 val_share = 0.1                 # of the subjects; ours
 test_share = 0.2                # ours
 crop = (96, 96, 96)             # ours
