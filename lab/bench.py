@@ -1,8 +1,8 @@
-"""Speed and memory, two things compared in one run, interleaved, as ratios with their spread. Nothing here is a test.
+"""Speed and memory, two things compared in one run, interleaved, as ratios with their spread. No tests.
 
     python -m lab.bench sliding      sliding_window against MONAI's, 512 x 512 x 300 voxels (needs monai)
-    python -m lab.bench step         one pre-training step of the paper's size, with and without torch.compile (needs a GPU)
-    python -m lab.bench tokens       L_p2p + L_p2s for 27,648 tokens, forward and backward, time and peak memory
+    python -m lab.bench step         a pre-training step of the paper's size, compiled or not (needs a GPU)
+    python -m lab.bench tokens       L_p2p + L_p2s for 27,648 tokens, forward and backward, time and memory
     python -m lab.bench data         slabs per second that the loader cuts from a cache, by number of workers
 """
 import resource
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 import data
 import losses
@@ -78,34 +79,43 @@ def compare(ours, theirs, names, rounds):
             rows[which].append(seconds((ours, theirs)[which]))
     ratios = [b[0] / a[0] for a, b in zip(*rows)]
     for name, row in zip(names, rows):
-        print(f"  {name:24s} {statistics.median(r[0] for r in row):8.2f} s   peak {max(r[1] for r in row):6.2f} GB above the start")
-    print(f"  {names[1]} / {names[0]}: time x {statistics.median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f}), {rounds} rounds")
+        median, peak = statistics.median(r[0] for r in row), max(r[1] for r in row)
+        print(f"  {name:24s} {median:8.2f} s   peak {peak:6.2f} GB above the start")
+    print(f"  {names[1]} / {names[0]}: time x {statistics.median(ratios):.2f} "
+          f"({min(ratios):.2f} .. {max(ratios):.2f}), {rounds} rounds")
 
 
 def sliding(rounds=3, classes=14):
     from monai.inferers import sliding_window_inference
     volume = torch.randn(1, 1, 512, 512, 300)
     torch.manual_seed(0)
-    network = nn.Conv3d(1, classes, 1).to(device()).eval()           # a cheap network, so that the window's own cost shows
+    network = nn.Conv3d(1, classes, 1).to(device()).eval()      # cheap, so that the window's own cost shows
+
+    def ours():
+        sliding_window(network, volume, 96, 0.5, 4, blend, device=device(), store="cpu")
+
+    def theirs():
+        sliding_window_inference(volume, 96, 4, network, 0.5, blend, sw_device=device(), device="cpu")
+
     for blend in ("gaussian", "constant"):
-        print(f"sliding window, 512 x 512 x 300, window 96^3, overlap 0.5, {classes} classes, {blend}, on {device()}")
+        print(f"512 x 512 x 300 voxels, window 96^3, overlap 0.5, {classes} classes, {blend}, on {device()}")
         with torch.no_grad():
-            compare(lambda: sliding_window(network, volume, 96, 0.5, 4, blend, device=device(), store="cpu"),
-                    lambda: sliding_window_inference(volume, 96, 4, network, 0.5, blend, sw_device=device(), device="cpu"),
-                    ("ours", "MONAI"), rounds)
+            compare(ours, theirs, ("ours", "MONAI"), rounds)
 
 
 def tokens(t=(48, 48, 12), c=64):
     n = t[0] * t[1] * t[2]
-    H = data.random_affine(np.random.default_rng(0), (191.5, 191.5, 47.5), (5, 5, 30), (0.9, 1.2), 0.05, (24, 24, 8))[None]
-    pairs = data.matches(H, t, 8).to(device())
+    rng, centre = np.random.default_rng(0), (191.5, 191.5, 47.5)
+    H = data.random_affine(rng, centre, (5, 5, 30), (0.9, 1.2), 0.05, (24, 24, 8))
+    pairs = data.matches(H[None], t, 8).to(device())
     q, k = (torch.randn(1, n, c, device=device()) for _ in range(2))
     q.requires_grad_()
 
     def both():
         losses.s2dc_loss(q, k, pairs, None, None, None, weights=(0, 1, 1))["loss"].backward()
     took, peak = seconds(both)
-    print(f"{n} tokens of {c} channels, {len(pairs)} matches, forward and backward: {took:.1f} s, peak {peak:.2f} GB above the start, on {device()}")
+    print(f"{n} tokens of {c} channels, {len(pairs)} matches, forward and backward: {took:.1f} s, "
+          f"peak {peak:.2f} GB above the start, on {device()}")
 
 
 def step(rounds=20):
@@ -115,8 +125,9 @@ def step(rounds=20):
     with tempfile.TemporaryDirectory() as folder:
         write_scans(Path(folder), 4)
         for compiled in (False, True):
-            command = [sys.executable, "pretrain.py", "configs/ct.py", f"--name=bench_{compiled}", f"--data={folder}", "--scans=*.nii.gz",
-                       "--exclude=()", f"--cache={folder}/cache", f"--runs={folder}/runs", f"--compile={compiled}", f"--steps={3 * rounds}",
+            command = [sys.executable, "pretrain.py", "configs/ct.py", f"--name=bench_{compiled}",
+                       f"--data={folder}", "--scans=*.nii.gz", "--exclude=()", f"--cache={folder}/cache",
+                       f"--runs={folder}/runs", f"--compile={compiled}", f"--steps={3 * rounds}",
                        f"--log_every={rounds}", f"--save_every={3 * rounds}", "--workers=8", *sys.argv[2:]]
             print(f"pretrain.py, compile={compiled}", flush=True)
             subprocess.run(command, cwd=Path(__file__).resolve().parents[1], check=True)
@@ -138,11 +149,11 @@ def loading(count=12):
         cfg = pretrain.Config(data=folder, scans="*.nii.gz", cache=f"{folder}/cache", batch=1, workers=2)
         scans = data.open_scans(cfg)
         for workers in (0, 1, 2):
-            slabs = data.Slabs(scans, cfg, 1, 0)
-            loader = torch.utils.data.DataLoader(slabs, batch_sampler=[[(s, 0)] for s in range(count)], num_workers=workers,
-                                                 collate_fn=data.collate)
+            slabs, jobs = data.Slabs(scans, cfg, 1, 0), [[(s, 0)] for s in range(count)]
+            loader = DataLoader(slabs, batch_sampler=jobs, num_workers=workers, collate_fn=data.collate)
             took, _ = seconds(lambda: [batch["cutout"].shape for batch in loader])
-            print(f"slabs of {cfg.slab} with their surroundings, {workers} workers: {count / took:.2f} slabs/s")
+            rate = f"{count / took:.2f} slabs/s"
+            print(f"slabs of {cfg.slab} with their surroundings, {workers} workers: {rate}")
 
 
 if __name__ == "__main__":

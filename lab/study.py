@@ -80,9 +80,9 @@ def plan(row, seed, cfg):
     for shots in cfg.shots if row in cfg.shot_rows else ():
         tuned = f"{name}-{shots}"
         keys = same | cfg.finetune_keys | dict(init=init, name=tuned, label_fraction=shots / cfg.labelled)
-        resolved = str(runs / tuned / "config.py")                  # its keys of training evaluate.py leaves alone
+        resolved = [cfg.finetune_config, str(runs / tuned / "config.py")]   # of which it takes its own keys
         parts[str(shots)] = [["finetune", cfg.finetune_config, *flags(keys)],
-                             ["evaluate", resolved, "--sheets=0", "--predictions=False", "--hd95=False"]]
+                             ["evaluate", *resolved, "--sheets=0", "--predictions=False", "--hd95=False"]]
     return parts
 
 
@@ -95,12 +95,12 @@ def number(folder, part):
 
 
 def run_row(n, row, seed, cfg):
-    """Run what is not complete -> {part: {"value", "minutes", "commands"}}, also in outcome.json of the folder."""
+    """Run what is not complete -> {part: {"value", "minutes", "commands"}}, as outcome.json holds it."""
     folder, gpus = Path(cfg.runs) / cfg.name / f"{row}-{seed}", torch.cuda.device_count()
     folder.mkdir(parents=True, exist_ok=True)
     done, log = folder / "outcome.json", folder / "out.log"
     outcome = json.loads(done.read_text()) if done.exists() else {}
-    environment = os.environ | dict(PYTHONPATH=str(Path(__file__).resolve().parents[1]))   # -m from any folder
+    environment = os.environ | dict(PYTHONPATH=str(Path(__file__).resolve().parents[1]))   # -m anywhere
     if gpus:
         environment |= dict(CUDA_VISIBLE_DEVICES=str(n % cfg.jobs % gpus))
     else:
@@ -112,7 +112,8 @@ def run_row(n, row, seed, cfg):
         for command in commands:
             with open(log, "a") as file:
                 print("python -m", *command, file=file, flush=True)
-                ended = subprocess.run([sys.executable, "-m", *command], env=environment, stdout=file, stderr=file)
+                line = [sys.executable, "-m", *command]
+                ended = subprocess.run(line, env=environment, stdout=file, stderr=subprocess.STDOUT)
             if ended.returncode:
                 raise SystemExit(f"python -m {' '.join(command)}\nfailed, see {log}")
         minutes = (time.time() - began) / 60
