@@ -117,7 +117,7 @@ def groups_of(network, cfg):
 
 def validate(network, scans, cfg, device, rank, ranks):
     """The main score over all validation scans, shared out between the ranks."""
-    rows = tasks.score_cases(network, scans[rank::ranks], cfg, device)
+    rows = [tasks.score_case(network, scan, cfg, device)[1] for scan in scans[rank::ranks]]
     network.train()
     if ranks > 1:
         parts = [None] * ranks

@@ -1,4 +1,4 @@
-"""evaluate.py: probes, pictures, and what it writes of networks that were never trained."""
+"""evaluate.py: pictures, and what it writes of networks that were never trained."""
 import csv
 import dataclasses
 import json
@@ -9,17 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    BOX,
-    DEMO,
-    KINDS,
-    NETWORK,
-    encoder_file,
-    flags,
-    here,
-    nifti,
-    settings,
-)
+from conftest import BOX, DEMO, KINDS, NETWORK, encoder_file, flags, here, nifti, settings
 from scipy import ndimage
 
 import data
@@ -44,17 +34,13 @@ def blobs(shape, classes, seed):
     return fields.argmax(0)
 
 
-# 4. probes
-
-
-# 5. pictures
-
+# -------------------------------------------------------------------------------------------------- pictures
 
 def test_pictures_keep_left_and_right():
     volume = np.zeros((5, 6, 7))
     volume[4, 0, 0], volume[0, 5, 0], volume[0, 0, 6] = 1, 2, 3           # right, front, head ends
     cuts = {plane[0]: evaluate.slice_through(plane, (0, 0, 0), volume)[0] for plane in evaluate.PLANES}
-    assert cuts["axial"].shape == (6, 5) and cuts["axial"][0, 0] == 1     # right of the patient: left; row 0 is the lower edge
+    assert cuts["axial"].shape == (6, 5) and cuts["axial"][0, 0] == 1      # right on the left; 0 is low
     assert cuts["axial"][5, 4] == 2 and cuts["coronal"][6, 4] == 3 and cuts["coronal"][0, 0] == 1
     assert cuts["sagittal"][0, 0] == 2 and cuts["sagittal"][6, 5] == 3    # front on the left, head on top
 
@@ -62,9 +48,10 @@ def test_pictures_keep_left_and_right():
 def test_contact_sheet_cuts_the_largest_object():
     truth = np.zeros((20, 21, 22), int)
     truth[2:5, 2:5, 2:5], truth[10:18, 9:14, 6], truth[12, 10:12, 3:9] = 1, 2, 2
-    truth[:, :, 20][np.indices((20, 21)).sum(0) % 2 == 0] = 2             # more voxels of its class, none beside another
-    assert evaluate._show_where(truth, truth * 0) == [12, 10, 6]
-    assert evaluate._show_where(truth * 0, truth) == [12, 10, 6] and evaluate._show_where(truth * 0, truth * 0) == [10, 10, 11]
+    truth[:, :, 20][np.indices((20, 21)).sum(0) % 2 == 0] = 2         # more voxels, none beside another
+    assert evaluate.centre_of_largest(truth, np.roll(truth, 1)) == [12, 10, 6]
+    assert evaluate.centre_of_largest(truth * 0, truth) == [12, 10, 6]
+    assert evaluate.centre_of_largest(truth * 0, truth * 0) == [10, 10, 11]
 
 
 def test_contact_sheet_is_drawn(tmp_path):
@@ -72,25 +59,27 @@ def test_contact_sheet_is_drawn(tmp_path):
     image = pytest.importorskip("PIL.Image")
     real = os.environ.get("S2DC_REAL_DATA")
     if real:
-        nib = pytest.importorskip("nibabel")
         folder = Path(real) / "ct"
         scan = nib.as_closest_canonical(nib.load(folder / "ts_abdomen_3mm.nii.gz"))
-        truth = nib.as_closest_canonical(nib.load(folder / "labels/ts_abdomen_3mm_organs13.nii.gz")).get_fdata().astype(int)
-        voxels, spacing = scan.get_fdata(), scan.header.get_zooms()
+        label = nib.as_closest_canonical(nib.load(folder / "labels/ts_abdomen_3mm_organs13.nii.gz"))
+        truth, voxels, spacing = label.get_fdata().astype(int), scan.get_fdata(), scan.header.get_zooms()
     else:
         truth, spacing = blobs((40, 30, 50), 4, 0), (1.0, 2.0, 1.0)
         voxels = truth + rng().normal(size=truth.shape)
-    pairs = dict(both=(truth, np.roll(truth, 2, 0)), none=(truth * 0, truth * 0), false=(truth * 0, truth), exact=(truth, truth))
+    none, names = truth * 0, {k: f"organ {k}" for k in range(1, 14)}
+    pairs = dict(both=(truth, np.roll(truth, 2, 0)), none=(none, none), false=(none, truth),
+                 exact=(truth, truth))
+    seen = {}
     for name, (a, b) in pairs.items():
-        evaluate.contact_sheet(tmp_path / f"{name}.png", voxels, a, b, spacing, name)
-    seen = {file.stem: np.asarray(image.open(file).convert("RGB")).astype(int) for file in tmp_path.glob("*.png")}
+        evaluate.contact_sheet(tmp_path / "sheet.png", voxels, a, b, spacing, name, names)
+        seen[name] = np.asarray(image.open(tmp_path / "sheet.png").convert("RGB")).astype(int)
+        assert seen[name].shape[1] == 1320
     coloured = {name: (np.ptp(picture, axis=2) > 40).mean() for name, picture in seen.items()}
-    assert all(picture.shape[1] == 1320 for picture in seen.values())
-    assert coloured["none"] == 0 < coloured["false"] and coloured["both"] > coloured["false"] > 0.02       # lines over a fill
-    strong = {name: (np.ptp(picture, axis=2) > 140).mean() for name, picture in seen.items()}              # of full colour: lines, legend
-    assert strong["exact"] > 2 * strong["false"]
-    with pytest.raises(ValueError, match="contact_sheet"):
-        evaluate.contact_sheet(tmp_path / "x.png", voxels, truth[1:], truth, spacing, "x")
+    assert coloured["none"] == 0 and coloured["both"] > coloured["false"] > 0.02        # lines over a fill
+    strong = {name: (np.ptp(picture, axis=2) > 140).mean() for name, picture in seen.items()}
+    assert strong["exact"] > 2 * strong["false"]            # lines are of full colour, and so is the legend
+    with pytest.raises(ValueError, match="contact_sheet: expected one shape"):
+        evaluate.contact_sheet(tmp_path / "x.png", voxels, truth[1:], truth, spacing, "x", names)
 
 
 def test_image_sheet_names_its_columns_and_shows_their_scales(monkeypatch):
@@ -103,128 +92,139 @@ def test_image_sheet_names_its_columns_and_shows_their_scales(monkeypatch):
     assert titles[:4] == ["input, axial", "target, axial", "prediction, axial", "prediction - target, axial"]
     assert titles[4:12] == ["coronal"] * 4 + ["sagittal"] * 4 and len(titles) == 16         # four colour bars
     drawn = [axis.images[0] for axis in kept[0].axes[:4]]
-    for picture, volume in zip(drawn, (target + 1, target, target * 2, target)):            # twice the target errs by the target
+    for picture, volume in zip(drawn, (target + 1, target, target * 2, target)):    # 2 t errs by t
         np.testing.assert_allclose(picture.get_array(), volume[:, :, 3].T[:, ::-1])
     low, high = drawn[3].get_clim()
     assert drawn[1].get_clim() == drawn[2].get_clim() and -low == high > 0
 
 
-# evaluate.py on networks that were never trained: what it writes is what they say
+# -------------------------------------------------------------------------- networks that were never trained
 
 def checkpoint_file(path, cfg, seed, subjects=(), **other):
     torch.manual_seed(seed)
     network = tasks.TASKS[cfg.task].network(cfg)
     for p in network.parameters():                          # untrained outputs hardly differ
         p.data *= 1.5
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = finetune.checkpoint(network, cfg, 0, 0.0, list(subjects), run.versions())
-    save(path, content | {"config": content["config"] | other})
+    state = finetune.checkpoint(network, cfg, 0, 0.0, list(subjects), run.versions())
+    save(path, state | dict(config=state["config"] | other))
     return network.eval()
+
+
+BOTH = "('a.pt', 'b.pt')"
 
 
 @pytest.fixture
 def judged(abdomens, monkeypatch, capsys, tmp_path):
-    """judged(config, keys) -> what evaluate.py printed; and two checkpoints a.pt, b.pt of the demo of segmentation."""
-    cfg = settings("demo_segmentation", **DEMO)
-    networks = [checkpoint_file(tmp_path / f"{name}.pt", cfg, seed) for seed, name in enumerate("ab")]
-    run = lambda config="demo_segmentation", root=abdomens, **keys: here(
-        monkeypatch, capsys, tmp_path, root, evaluate.main, config, *flags(**(DEMO if config == "demo_segmentation" else KINDS) | keys))
-    run.networks, run.folder = networks, tmp_path
-    return run
+    """judged(config, keys) -> what evaluate.py printed; a.pt and b.pt are of the demo of segmentation."""
+    for seed, name in enumerate("ab"):
+        checkpoint_file(tmp_path / f"{name}.pt", settings("demo_segmentation", **DEMO), seed)
+
+    def said(config="demo_segmentation", root=abdomens, **keys):
+        base = DEMO if config == "demo_segmentation" else KINDS
+        return here(monkeypatch, capsys, tmp_path, root, evaluate.main, config, *flags(**base | keys))
+    return said
 
 
-def test_several_checkpoints_and_bare_scans(judged, abdomens):
-    both = "('a.pt', 'b.pt')"
-    said = judged(checkpoint=both, out="both", sheets=0)
-    results = json.loads((judged.folder / "both/results.json").read_text())["results"]
+def test_several_checkpoints_and_bare_scans(judged, abdomens, tmp_path):
+    said = judged(checkpoint=BOTH, out="both", sheets=0)
+    results = json.loads((tmp_path / "both/results.json").read_text())["results"]
     a, b = (results[f"{name}.pt"]["rows"][0]["scores"]["preprocessed"]["dice"]["mean"] for name in "ab")
     assert f"b.pt minus a.pt: dice mean {b - a:+.4f}, 95 % interval" in said and "(1 cases, paired)" in said
-    found = [nib.load(judged.folder / f"both/predictions_{k}/004.nii.gz") for k in range(2)]
+    found = [nib.load(tmp_path / f"both/predictions_{k}/004.nii.gz") for k in range(2)]
     assert (found[0].get_fdata() != found[1].get_fdata()).any()
     # the same scan without its label: the same prediction, on the scan's own voxels
-    (judged.folder / "scans").mkdir()
+    (tmp_path / "scans").mkdir()
     source = abdomens / "demo_ct/train/imagesTr/phantom_004.nii.gz"
-    os.link(source, judged.folder / "scans/new.nii.gz")
-    judged(root=judged.folder, checkpoint="a.pt", images="scans/*.nii.gz", out="bare")
-    label, scan = nib.load(judged.folder / "bare/new.nii.gz"), nib.load(source)
-    assert label.shape == scan.shape and np.array_equal(label.affine, scan.affine) and label.get_data_dtype() == np.uint8
+    os.link(source, tmp_path / "scans/new.nii.gz")
+    judged(root=tmp_path, checkpoint="a.pt", images="scans/*.nii.gz", out="bare")
+    label, scan = nib.load(tmp_path / "bare/new.nii.gz"), nib.load(source)
+    assert label.shape == scan.shape and np.array_equal(label.affine, scan.affine)
+    assert label.get_data_dtype() == np.uint8
     np.testing.assert_array_equal(label.get_fdata(), found[0].get_fdata())
-    assert sorted(p.name for p in (judged.folder / "bare").iterdir()) == ["new.nii.gz"]
+    assert sorted(p.name for p in (tmp_path / "bare").iterdir()) == ["new.nii.gz"]
 
 
-def test_classes_of_bare_scans_and_a_second_run(judged, abdomens, monkeypatch):
+def test_classes_of_bare_scans_and_a_second_run(judged, abdomens, tmp_path):
     cfg = settings("demo_classification", **KINDS)
-    network = checkpoint_file(judged.folder / "c.pt", cfg, 0)
-    monkeypatch.setenv("S2DC_DATA", str(abdomens))
-    for _ in range(2):                                      # the table of a second run replaces the first one's
-        judged("demo_classification", checkpoint="c.pt", part="val", out="scored")
-        bare = f"{abdomens}/demo_ct/train/imagesTr/phantom_00[23].nii.gz"
+    network = checkpoint_file(tmp_path / "c.pt", cfg, 0)
+    bare = f"{abdomens}/demo_ct/train/imagesTr/phantom_00[23].nii.gz"
+    for _ in range(2):                                      # a second run's table replaces the first one's
+        said = judged("demo_classification", checkpoint="c.pt", part="val", out="scored")
         judged("demo_classification", checkpoint="c.pt", images=bare, out="bare")
-    tables = [list(csv.reader(open(judged.folder / path / "probabilities.csv"))) for path in ("scored/predictions", "bare")]
-    assert [[row[0] for row in table] for table in tables] == [["id", "002", "003"], ["id", "phantom_002", "phantom_003"]]
-    assert tables[0][0] == ["id", "0", "1"] and [row[1:] for row in tables[0]] == [row[1:] for row in tables[1]]
-    scans = data.open_scans(dataclasses.replace(cfg, cache=str(judged.folder / "cache")), say=lambda *_: None)
+    assert "\ndemo_classification: 2 val cases (the cases that chose the checkpoint)\n" in said
+    paths = tmp_path / "scored/predictions/probabilities.csv", tmp_path / "bare/probabilities.csv"
+    scored, unlabelled = (list(csv.reader(open(path))) for path in paths)
+    assert [row[0] for row in scored] == ["id", "002", "003"]
+    assert [row[0] for row in unlabelled] == ["id", "phantom_002", "phantom_003"]
+    assert scored[0][1:] == ["0", "1"] and [row[1:] for row in scored] == [row[1:] for row in unlabelled]
+    scans = data.open_scans(dataclasses.replace(cfg, cache=str(tmp_path / "cache")), say=lambda *_: None)
     with torch.no_grad():
-        expected = network(torch.from_numpy(np.ascontiguousarray(scans[2].open())).float()[None]).softmax(1)[0]
-    np.testing.assert_allclose([float(v) for v in tables[0][1][1:]], expected, atol=1e-5)
+        image = torch.from_numpy(np.ascontiguousarray(scans[2].open())).float()
+        expected = network(image[None]).softmax(1)[0]
+    np.testing.assert_allclose([float(v) for v in scored[1][1:]], expected, atol=1e-5)
 
 
 def test_nobody_is_scored_who_trained_the_network(judged, tmp_path):
     """Scored under another split than it was trained under."""
     cfg = settings("demo_segmentation", **DEMO)
     checkpoint_file(tmp_path / "t.pt", cfg, 0, subjects=["000", "001", "002"])
-    with pytest.raises(SystemExit, match="^t.pt: 1 test subjects trained it: 002; give the split of its training "):
+    with pytest.raises(SystemExit, match="^t.pt: 1 test subjects trained it: 002; give the split of its "):
         judged(checkpoint="t.pt", val="004", test="002")
     with pytest.raises(SystemExit, match="^t.pt: 2 val subjects trained it: 001, 002; "):
         judged(checkpoint="t.pt", val=("001", "002"), test="val", part="val")
+    assert "3 train cases\n" in judged(checkpoint="t.pt", part="train", predictions=False, sheets=0)
 
 
-def test_folders_of_slices_without_labels(judged):
+def test_folders_of_slices_without_labels(judged, tmp_path):
     Image = pytest.importorskip("PIL.Image")
     for folder, shade in (("a", 3), ("b", 2)):
-        (judged.folder / "slices" / folder).mkdir(parents=True)
+        (tmp_path / "slices" / folder).mkdir(parents=True)
+        grey = (np.arange(48 * 40).reshape(48, 40) // shade % 256).astype(np.uint8)
         for z in range(4):
-            Image.fromarray((np.arange(48 * 40).reshape(48, 40) // shade % 256).astype(np.uint8)).save(
-                judged.folder / "slices" / folder / f"{z}.png")
-    checkpoint_file(judged.folder / "c.pt", settings("demo_classification", **KINDS), 0)
-    judged("demo_classification", root=judged.folder, checkpoint="c.pt", images="slices/*/", out="bare")
-    assert [row[0] for row in csv.reader(open(judged.folder / "bare/probabilities.csv"))] == ["id", "a", "b"]
+            Image.fromarray(grey).save(tmp_path / "slices" / folder / f"{z}.png")
+    checkpoint_file(tmp_path / "c.pt", settings("demo_classification", **KINDS), 0)
+    judged("demo_classification", root=tmp_path, checkpoint="c.pt", images="slices/*/", out="bare")
+    assert [row[0] for row in csv.reader(open(tmp_path / "bare/probabilities.csv"))] == ["id", "a", "b"]
 
 
 @pytest.mark.parametrize("keys, text", [
-    (dict(checkpoint="no.pt"), "no.pt: no such checkpoint; train it with finetune.py, or give --checkpoint=FILE"),
-    (dict(checkpoint="encoder.pt"), "encoder.pt: holds no fine-tuned segmentation network, 33 tensors are missing (skips, bottom, "
-     "ups, out); expected the best.pt of finetune.py"),
+    (dict(checkpoint="no.pt"), "no.pt: no such checkpoint; train it with finetune.py, or give --check"),
+    (dict(checkpoint="encoder.pt"), "encoder.pt: holds no fine-tuned segmentation network, 33 tensors are "
+     "missing (skips, bottom, ups, out); expected the best.pt of finetune.py"),
     (dict(labels={1: "a", 2: "b"}), "a.pt: trained with labels = {1: 'spleen', "),
     (dict(labels={k: f"organ {k}" for k in range(1, 14)}), "a.pt: trained with labels = {1: 'spleen', "),
-    (dict(checkpoint="f.pt", merge="legacy", labels={1: "a", 2: "b"}), "f.pt: 14 outputs in the file, 3 in the model; the config "
-     "declares other classes than it was trained for"),
+    (dict(checkpoint="f.pt", merge="legacy", labels={1: "a", 2: "b"}), "f.pt: 14 outputs in the file, 3 in "
+     "the model; the config declares other classes than it was trained for"),
     (dict(feature_size=8), "a.pt: does not fit the model: feature_size is 4 in the file, 8 in the model"),
     (dict(in_channels=2), "a.pt: trained with in_channels = 1, the config has 2"),
     (dict(residual=True), "a.pt: trained with residual = False, the config has True"),
     (dict(checkpoint="t.pt"), "t.pt: trained with task = 'translation', the config has 'segmentation'"),
     (dict(part="rest"), "part = 'rest', expected 'train', 'val' or 'test'"),
+    (dict(images="*.nii.gz", checkpoint=BOTH), "checkpoint = ('a.pt', 'b.pt'), expected one with `images`"),
     (dict(images="nowhere/*.nii.gz"), "pattern '*.nii.gz' finds nothing below nowhere; "),
-    (dict(images="('{id}_a.nii.gz', '{id}_b.nii.gz')"), "1_a.nii.gz: the scan has 2 channels, in_channels = 1"),
+    (dict(images="('{id}_a.nii.gz', '{id}_b.nii.gz')"), "1_a.nii.gz: the scan has 2 channels, in_channels "),
 ])
-def test_what_evaluate_refuses(judged, keys, text):
-    encoder_file(judged.folder / "encoder.pt")
-    checkpoint_file(judged.folder / "t.pt", settings("demo_segmentation", **DEMO), 0, task="translation")
-    save(judged.folder / "f.pt", to_monai(judged.networks[0].state_dict(), "legacy"))   # states nothing but its weights
+def test_what_evaluate_refuses(judged, keys, text, tmp_path):
+    encoder_file(tmp_path / "encoder.pt")
+    network = checkpoint_file(tmp_path / "t.pt", settings("demo_segmentation", **DEMO), 0, task="translation")
+    save(tmp_path / "f.pt", to_monai(network.state_dict(), "legacy"))       # states nothing but its weights
     for name in ("1_a", "1_b"):
-        nifti(judged.folder / f"{name}.nii.gz", BOX)
+        nifti(tmp_path / f"{name}.nii.gz", BOX)
     with pytest.raises(SystemExit) as caught:
         judged(**dict(checkpoint="a.pt") | keys)
     assert str(caught.value).startswith(text) and "\n" not in str(caught.value)
 
 
 def test_regions_in_another_order_are_refused_and_preprocessing_is_compared(tmp_path, capsys):
-    cfg = settings("brats21", **NETWORK)
-    checkpoint_file(tmp_path / "r.pt", cfg, 0)
+    cfg, path = settings("brats21", **NETWORK), tmp_path / "r.pt"
+    checkpoint_file(path, cfg, 0)
+
+    def said(**keys):
+        capsys.readouterr()
+        evaluate.restore(path, dataclasses.replace(cfg, **keys), torch.device("cpu"))
+        return capsys.readouterr().out
     with pytest.raises(SystemExit, match="r.pt: trained with regions = {'TC': "):
-        evaluate.restore(tmp_path / "r.pt", dataclasses.replace(cfg, regions=dict(reversed(cfg.regions.items()))), torch.device("cpu"))
-    capsys.readouterr()
-    evaluate.restore(tmp_path / "r.pt", cfg, torch.device("cpu"))
-    assert "differs" not in capsys.readouterr().out
-    evaluate.restore(tmp_path / "r.pt", dataclasses.replace(cfg, spacing=(2.0, 2.0, 2.0)), torch.device("cpu"))
-    assert "r.pt: preprocessing differs: spacing was () in training, is (2.0, 2.0, 2.0) here" in capsys.readouterr().out
+        said(regions=dict(reversed(cfg.regions.items())))
+    assert "differs" not in said()
+    expected = "r.pt: preprocessing differs: spacing was () in training, is (2.0, 2.0, 2.0) here"
+    assert expected in said(spacing=(2.0, 2.0, 2.0))

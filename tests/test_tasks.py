@@ -273,6 +273,13 @@ def test_cc_ccii_reports_the_scans_that_all_valid_lists_share(split, tmp_path):
             assert case["class"] == ("Normal", "CP", "NCP").index(case["id"].split("_")[0])
 
 
+@pytest.mark.parametrize("content", ["id,class\n0,\u00e9\n".encode("latin-1"), "id,class\n".encode("utf-16")])
+def test_a_table_in_another_encoding_is_one_line(split, tmp_path, content):
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(SystemExit, match=r"^.*t\.csv: not a csv in UTF-8 \([^\n]*\)$"):
+        split("btcv", ["a0.nii.gz"], image="a{id}.nii.gz", label="", only="t.csv")
+
+
 def test_folds_and_sections_of_a_datalist(split, tmp_path):
     entries = [{"image": f"{k}.nii.gz", "label": f"{k}_l.nii.gz", "fold": k % 3} for k in range(9)]
     (tmp_path / "list.json").write_text(json.dumps({"training": entries, "validation": entries[:2], "test": entries[3:5]}))
