@@ -1,15 +1,18 @@
-"""The networks of S2DC: a Swin transformer for volumes, its U-shaped decoder, a classifier, a projector; and their weights.
+"""The networks of S2DC: a Swin transformer for volumes, its U-shaped decoder, a classifier, a projector; and
+their weights.
 
-Swin transformer: arXiv:2103.14030. SwinUNETR: arXiv:2201.01266. SwinUNETR-v2 (`v2`): MICCAI 2023, a residual convolution
-block at the head of each stage. S2DC: arXiv:2507.02581. Holding the same weights, `Swin3D` and `SwinUNETR` compute what
-MONAI 1.6's SwinUNETR computes, its habits included:
-- A map that is smaller than the window along an axis is one window along it, and is not shifted along it. The position bias of
-  such a window of n tokens is the one that the first n tokens of the full window have, not the one of the same offsets.
+Swin transformer: arXiv:2103.14030. SwinUNETR: arXiv:2201.01266. SwinUNETR-v2 (`v2`): MICCAI 2023, a residual
+convolution block at the head of each stage. S2DC: arXiv:2507.02581. Holding the same weights, `Swin3D` and
+`SwinUNETR` compute what MONAI 1.6's SwinUNETR computes, its habits included:
+- A map that is smaller than the window along an axis is one window along it, and is not shifted along it. The
+  position bias of such a window of n tokens is the one that the first n tokens of the full window have, not
+  the one of the same offsets.
 - Zeros that complete the last window are put behind the norm, and the tokens of the volume do attend to them.
 Axes: b batch, c channel, x y z voxels or tokens, h heads, n tokens of one window, d channels of one head.
 """
 import math
 import re
+import zipfile
 from collections import Counter
 
 import numpy as np
@@ -19,47 +22,51 @@ from einops import rearrange, reduce, repeat
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-SIZES = {"B": 48, "L": 96, "H": 192}     # feature_size by name; B is the paper's
-
 # Neighbours (x y z offsets) that patch merging puts side by side, as 4x + 2y + z.
-MERGING = (0, 4, 2, 1, 6, 5, 3, 7)       # MONAI's "merging" since January 2025; its "mergingv2" counts 0..7, as ours does
+# MONAI's "merging" since January 2025; its "mergingv2" counts 0..7, as ours does
+MERGING = (0, 4, 2, 1, 6, 5, 3, 7)
 LEGACY = (0, 4, 2, 1, 5, 2, 1, 7)        # MONAI's "merging" before: 010 and 001 twice, 110 and 011 never
 
 for operation in (rearrange, reduce):
-    torch.compiler.allow_in_graph(operation)     # else torch.compile spends most of its time on tracing einops' own Python
+    # else torch.compile spends most of its time on tracing einops' own Python
+    torch.compiler.allow_in_graph(operation)
 
-# ---------------------------------------------------------------------------------------------------------------- layers
+# ----------------------------------------------------------------------------------------------------- layers
 
 def precise(x):
-    """x in float32, or in float64 if it was: what norms compute in. Autocast alone leaves it to the device."""
+    """x in float32, or float64 if it was: what norms compute in. Autocast alone leaves it to the device."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def instance_norm(x):
-    """Zero mean and unit variance over x y z for each sample and channel of (b, c, x, y, z); no parameters."""
+    """Zero mean and unit variance over x y z, per sample and channel of (b, c, x, y, z); no parameters."""
     return F.instance_norm(precise(x)).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm over the last axis, computed in float32 whatever comes in, given back in the dtype that came in."""
+    """Layer norm over the last axis, computed in float32, given back in the dtype that came in."""
 
     def forward(self, x):
-        return F.layer_norm(precise(x), self.normalized_shape, precise(self.weight), precise(self.bias), self.eps).to(x.dtype)
+        return F.layer_norm(precise(x), self.normalized_shape, precise(self.weight), precise(self.bias),
+                            self.eps).to(x.dtype)
 
 
 def run(module, checkpointing, *inputs):
-    """module(*inputs); with checkpointing its activations are not kept but computed again in the backward pass."""
+    """module(*inputs); with checkpointing its activations are computed again in the backward pass."""
     if not checkpointing:
         return module(*inputs)
-    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)     # nothing here draws numbers
+    # nothing here draws numbers
+    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def attend(qkv, bias, cuts, shut=None, axis=0):
-    """Attention within each window: q, k, v as (3, b, nx, ny, nz, h, n, d) and bias (1, h, n, n) -> (b, nx, ny, nz, h, n, d).
+    """Attention within each window: q, k, v as (3, b, nx, ny, nz, h, n, d) and bias (1, h, n, n) -> (b, nx,
+    ny, nz, h, n, d).
 
-    cuts: for x, y, z None, or (n, n) bool: the pairs that are neighbours only because the volume was rolled along that axis.
-    They meet in the last window of the axis alone. So there are at most eight kinds of window, each with one bias for all its
-    windows, and a mask of (windows, n, n), larger than all activations, is never held.
+    cuts: for x, y, z None, or (n, n) bool: the pairs that are neighbours only because the volume was rolled
+    along that axis. They meet in the last window of the axis alone. So there are at most eight kinds of
+    window, each with one bias for all its windows, and a mask of (windows, n, n), larger than all
+    activations, is never held.
     """
     if axis == 3:
         grid = dict(zip(("b", "x", "y", "z"), qkv.shape[1:]))
@@ -72,24 +79,27 @@ def attend(qkv, bias, cuts, shut=None, axis=0):
         return attend(qkv, bias, cuts, shut, axis + 1)
     inner, last = qkv.split([qkv.shape[axis + 2] - 1, 1], dim=axis + 2)
     edge = cuts[axis] if shut is None else shut | cuts[axis]
-    return torch.cat([attend(inner, bias, cuts, shut, axis + 1), attend(last, bias, cuts, edge, axis + 1)], dim=axis + 1)
+    return torch.cat([attend(inner, bias, cuts, shut, axis + 1), attend(last, bias, cuts, edge, axis + 1)],
+                     dim=axis + 1)
 
 
 class Block(nn.Module):
-    """Attention within windows (every second block: windows shifted by half) and an MLP: (b, x, y, z, c) -> the same."""
+    """Attention within windows (every second block: windows shifted by half) and an MLP: (b, x, y, z, c)."""
 
     def __init__(self, channels, heads, window, shifted):
         super().__init__()
         self.heads, self.window, self.shift = heads, window, window // 2 if shifted else 0
         self.norm1 = LayerNorm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
-        self.table = nn.Parameter(torch.empty((2 * window - 1) ** 3, heads))     # position bias by offset x y z and head
+        # position bias by offset x y z and head
+        self.table = nn.Parameter(torch.empty((2 * window - 1) ** 3, heads))
         self.project = nn.Linear(channels, channels)
         self.norm2 = LayerNorm(channels)
         self.expand = nn.Linear(channels, 4 * channels)
         self.contract = nn.Linear(4 * channels, channels)
         nn.init.trunc_normal_(self.table, std=0.02)
-        # Both follow from the window alone: made once, here, for every size of volume, and no part of the weights.
+        # Both follow from the window alone: made once, here, for every size of volume, and no part of the
+        # weights.
         self.register_buffer("offsets", offsets(window), persistent=False)
         self.register_buffer("cuts", rolled_apart(window, self.shift) if shifted else None, persistent=False)
 
@@ -109,7 +119,8 @@ class Block(nn.Module):
         bias = rearrange(self.table[self.offsets[: wx * wy * wz, : wx * wy * wz]], "n m h -> 1 h n m")
         cuts = [None, None, None]
         if any(shift):
-            apart = rearrange(self.cuts[:, :wx, :wy, :wz, :wx, :wy, :wz], "a x y z i j k -> a (x y z) (i j k)")
+            apart = rearrange(self.cuts[:, :wx, :wy, :wz, :wx, :wy, :wz],
+                              "a x y z i j k -> a (x y z) (i j k)")
             cuts = [cut if s else None for cut, s in zip(apart, shift)]
         x = attend(qkv, bias, cuts)
         x = self.project(rearrange(x, "b nx ny nz h (wx wy wz) d -> b (nx wx) (ny wy) (nz wz) (h d)", **grid))
@@ -118,21 +129,24 @@ class Block(nn.Module):
 
 
 def offsets(window):
-    """(n, n) int64: for tokens i, j of a full window the row of the position table, by their offset along x, y, z."""
+    """(n, n) int64: for tokens i, j of a full window the row of the position table, by their offset along x,
+    y, z."""
     at = torch.cartesian_prod(*[torch.arange(window)] * 3)                       # (n, 3)
     x, y, z = rearrange(at[:, None] - at + window - 1, "n m a -> a n m")
     return (x * (2 * window - 1) + y) * (2 * window - 1) + z
 
 
 def rolled_apart(window, shift):
-    """(3, x, y, z, x, y, z) bool: whether, in the last window of axis a, two tokens come from opposite ends of the volume."""
+    """(3, x, y, z, x, y, z) bool: whether, in the last window of axis a, two tokens come from opposite ends
+    of the volume."""
     side = torch.arange(window) >= window - shift
     sides = torch.stack(torch.meshgrid(side, side, side, indexing="ij"))         # (3, x, y, z)
     return rearrange(sides, "a x y z -> a x y z 1 1 1") != rearrange(sides, "a x y z -> a 1 1 1 x y z")
 
 
 class Merge(nn.Module):
-    """Patch merging: 2 x 2 x 2 tokens become one of twice the channels, (b, x, y, z, c) -> (b, x/2, y/2, z/2, 2 c)."""
+    """Patch merging: 2 x 2 x 2 tokens become one of twice the channels, (b, x, y, z, c) -> (b, x/2, y/2, z/2,
+    2 c)."""
 
     def __init__(self, channels, merge):
         super().__init__()
@@ -181,7 +195,8 @@ class Stage(nn.Module):
 
 
 class Up(nn.Module):
-    """One step of the decoder: x (b, c, x/2, y/2, z/2) and skip (b, c_out, x, y, z) -> (b, c_out, x, y, z)."""
+    """One step of the decoder: x (b, c, x/2, y/2, z/2) and skip (b, c_out, x, y, z) -> (b, c_out, x, y,
+    z)."""
 
     def __init__(self, channels, channels_out):
         super().__init__()
@@ -193,7 +208,7 @@ class Up(nn.Module):
 
 
 def pad(x, multiples, first):
-    """Zeros behind the end of three axes, the axis `first` and the next two, up to multiples of `multiples`."""
+    """Zeros behind the end of the axis `first` and the next two, up to multiples of `multiples`."""
     x_end, y_end, z_end = (-n % m for n, m in zip(x.shape[first:], multiples))
     if not (x_end or y_end or z_end):
         return x
@@ -202,11 +217,13 @@ def pad(x, multiples, first):
 
 def check_volume(volume, channels):
     if volume.ndim != 5 or volume.shape[1] != channels or 0 in volume.shape:
-        raise ValueError(f"volume: expected (b, {channels}, x, y, z) with no empty axis, found {tuple(volume.shape)}")
+        raise ValueError(f"volume: expected (b, {channels}, x, y, z) with no empty axis, "
+                         f"found {tuple(volume.shape)}")
 
 
 def initialise(module):
-    """Initial weights as in Swin: linear layers and position tables normal with deviation 0.02, biases 0; norms 1 and 0.
+    """Initial weights as in Swin: linear layers and position tables normal with deviation 0.02, biases 0;
+    norms 1 and 0.
 
     Convolutions keep torch's default, as in MONAI (which keeps it for the linear layers too).
     """
@@ -216,26 +233,30 @@ def initialise(module):
             nn.init.zeros_(module.bias)
 
 
-# -------------------------------------------------------------------------------------------------------------- networks
+# --------------------------------------------------------------------------------------------------- networks
 
 class Swin3D(nn.Module):
-    """Encoder. volume (b, in_channels, x, y, z) -> list of 5 maps, (b, f, x/2, ..), (b, 2f, x/4, ..), ... (b, 16f, x/32, ..).
+    """Encoder. volume (b, in_channels, x, y, z) -> list of 5 maps, (b, f, x/2, ..), (b, 2f, x/4, ..), ... (b,
+    16f, x/32, ..).
 
-    Each map is normalised over its channels (mean 0, variance 1, no parameters) and float32 even under autocast.
-    Any size: zeros are put behind the end of each axis up to a multiple of 32, and map k is cropped to ceil(x / 2^k).
+    Each map is normalised over its channels (mean 0, variance 1, no parameters) and float32 even under
+    autocast. Any size: zeros are put behind the end of each axis up to a multiple of 32, and map k is cropped
+    to ceil(x / 2^k).
 
-    feature_size   f, 48 in the paper (SIZES)          depths, num_heads   blocks and heads of the four stages
-    window_size    edge of a window, tokens            v2                  residual convolution at the head of each stage
-    merge          "all": each of the 8 neighbours once (MONAI's weights pass through `from_monai`); "legacy": MONAI's before
-                   2025, two twice and two never, under which every older public checkpoint was trained
+    feature_size   f, 48 in the paper;   depths, num_heads   blocks and heads of the four stages
+    window_size    edge of a window, tokens;   v2   residual convolution at the head of each stage
+    merge          "all": each of the 8 neighbours once (MONAI's weights pass through `from_monai`); "legacy":
+                   MONAI's before 2025, two twice and two never, under which every older public checkpoint was
+                   trained
     checkpointing  trade time for memory: activations of a block are computed again in the backward pass
     arguments      (attribute) the constructor's arguments, so that a checkpoint can state them
-    torch.compile makes one graph of it; with dynamic=False a new size takes seconds, as a symbolic size minutes.
-    Raises ValueError for arguments that do not fit each other and for a volume of another rank or channel count.
+    torch.compile makes one graph of it; with dynamic=False a new size takes seconds, as a symbolic size
+    minutes. Raises ValueError for arguments that do not fit each other and for a volume of another rank or
+    channel count.
     """
 
-    def __init__(self, in_channels=1, feature_size=48, depths=(2, 2, 2, 2), num_heads=(3, 6, 12, 24), window_size=7,
-                 v2=True, merge="all", checkpointing=False):
+    def __init__(self, in_channels=1, feature_size=48, depths=(2, 2, 2, 2), num_heads=(3, 6, 12, 24),
+                 window_size=7, v2=True, merge="all", checkpointing=False):
         super().__init__()
         if len(depths) != 4 or len(num_heads) != 4:
             raise ValueError(f"depths and num_heads: expected 4 numbers each, found {depths} and {num_heads}")
@@ -243,7 +264,8 @@ class Swin3D(nn.Module):
             raise ValueError(f'merge: expected "all" or "legacy", found {merge!r}')
         widths = [feature_size * 2**i for i in range(4)]
         if any(width % heads for width, heads in zip(widths, num_heads)):
-            raise ValueError(f"num_heads: expected divisors of the stages' channels {widths}, found {num_heads}")
+            raise ValueError(f"num_heads: expected divisors of the stages' channels {widths}, "
+                             f"found {num_heads}")
         self.arguments = dict(in_channels=in_channels, feature_size=feature_size, depths=tuple(depths),
                               num_heads=tuple(num_heads), window_size=window_size, v2=v2, merge=merge,
                               checkpointing=checkpointing)
@@ -265,10 +287,11 @@ class Swin3D(nn.Module):
 
 
 class SwinUNETR(nn.Module):
-    """Encoder and decoder. volume (b, in_channels, x, y, z) -> (b, out_channels, x, y, z), not yet squashed to probabilities.
+    """Encoder and decoder. volume (b, in_channels, x, y, z) -> (b, out_channels, x, y, z), not yet squashed
+    to probabilities.
 
-    `swin`: the arguments of Swin3D after in_channels. Any size as in Swin3D, except that the instance norm of the last map
-    needs two tokens: ValueError if no axis is longer than 32 voxels.
+    `swin`: the arguments of Swin3D after in_channels. Any size as in Swin3D, except that the instance norm of
+    the last map needs two tokens: ValueError if no axis is longer than 32 voxels.
     """
 
     def __init__(self, in_channels, out_channels, **swin):
@@ -277,17 +300,19 @@ class SwinUNETR(nn.Module):
         self.arguments = self.encoder.arguments | {"out_channels": out_channels}
         self.checkpointing = self.encoder.arguments["checkpointing"]
         f = self.encoder.arguments["feature_size"]
-        self.skips = nn.ModuleList([ResidualConv(in_channels, f), ResidualConv(f, f), ResidualConv(2 * f, 2 * f),
-                                    ResidualConv(4 * f, 4 * f)])                 # for the volume and maps 1 to 3
+        widths = ((in_channels, f), (f, f), (2 * f, 2 * f), (4 * f, 4 * f))  # volume, maps 1 to 3
+        self.skips = nn.ModuleList(ResidualConv(*pair) for pair in widths)
         self.bottom = ResidualConv(16 * f, 16 * f)
-        self.ups = nn.ModuleList([Up(16 * f, 8 * f), Up(8 * f, 4 * f), Up(4 * f, 2 * f), Up(2 * f, f), Up(f, f)])
+        widths = ((16 * f, 8 * f), (8 * f, 4 * f), (4 * f, 2 * f), (2 * f, f), (f, f))
+        self.ups = nn.ModuleList(Up(*pair) for pair in widths)
         self.out = nn.Conv3d(f, out_channels, 1)
 
     def forward(self, volume):
         check_volume(volume, self.encoder.arguments["in_channels"])
         nx, ny, nz = volume.shape[2:]
         if max(nx, ny, nz) <= 32:
-            raise ValueError(f"volume: expected at least one of x y z longer than 32 voxels, found {nx} {ny} {nz}")
+            raise ValueError("volume: expected at least one of x y z longer than 32 voxels, "
+                             f"found {nx} {ny} {nz}")
         volume = pad(volume, (32, 32, 32), first=2)
         maps = self.encoder(volume)
         skips = [run(conv, self.checkpointing, x) for conv, x in zip(self.skips, [volume, *maps])] + [maps[3]]
@@ -298,9 +323,11 @@ class SwinUNETR(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Encoder, mean of the last map over x y z, MLP. volume (b, in_channels, x, y, z) -> (b, classes), not yet softmax.
+    """Encoder, mean of the last map over x y z, MLP. volume (b, in_channels, x, y, z) -> (b, classes), not
+    yet softmax.
 
-    `swin`: the arguments of Swin3D after in_channels. Released code: two linear layers with nothing between; here a GELU.
+    `swin`: the arguments of Swin3D after in_channels. Released code: two linear layers with nothing between;
+    here a GELU.
     """
 
     def __init__(self, in_channels, classes, hidden=1024, **swin):
@@ -318,36 +345,41 @@ class Classifier(nn.Module):
 class Projector(nn.Module):
     """MLP of three layers in front of a similarity: (.., in_channels) -> (.., out_channels), not normalised.
 
-    Each vector passes alone: layer norm instead of the released code's batch norm, so that the result does not depend on what
-    else is in the batch or on how the batch is spread over processes.
+    Each vector passes alone: layer norm instead of the released code's batch norm, so that the result does
+    not depend on what else is in the batch or on how the batch is spread over processes.
     """
 
     def __init__(self, in_channels, hidden=2048, out_channels=512):
         super().__init__()
         self.arguments = dict(in_channels=in_channels, hidden=hidden, out_channels=out_channels)
         self.layers = nn.Sequential(nn.Linear(in_channels, hidden), LayerNorm(hidden), nn.GELU(),
-                                    nn.Linear(hidden, hidden), LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, out_channels))
+                                    nn.Linear(hidden, hidden), LayerNorm(hidden), nn.GELU(),
+                                    nn.Linear(hidden, out_channels))
         self.apply(initialise)
 
     def forward(self, x):
         return self.layers(x)
 
 
-# --------------------------------------------------------------------------------------------------- weights, to and from
+# --------------------------------------------------------------------------------------- weights, to and from
 
 class WeightsError(ValueError):
-    """A file of weights that cannot be read or does not fit the model; its text is one line that names the file."""
+    """A file of weights that cannot be read or does not fit the model; its text is one line that names the
+    file."""
 
 
-# Ours, MONAI's. A name is rewritten by the first pair that begins it and by every pair that begins with a dot.
-NAMES = [("encoder.embed.", "swinViT.patch_embed.proj."), ("bottom.", "encoder10.layer."), ("out.", "out.conv.conv.")]
+# Ours, MONAI's. A name is rewritten by the first pair that begins it and by every pair that begins with a
+# dot.
+NAMES = [("encoder.embed.", "swinViT.patch_embed.proj."), ("bottom.", "encoder10.layer."),
+         ("out.", "out.conv.conv.")]
 NAMES += [(f"encoder.stages.{i}.local.", f"swinViT.layers{i + 1}c.0.layer.") for i in range(4)]
 NAMES += [(f"encoder.stages.{i}.", f"swinViT.layers{i + 1}.0.") for i in range(4)]
 NAMES += [(f"skips.{i}.", f"encoder{i + 1}.layer.") for i in range(4)]
 NAMES += [(f"ups.{i}.up.", f"decoder{5 - i}.transp_conv.conv.") for i in range(5)]
 NAMES += [(f"ups.{i}.mix.", f"decoder{5 - i}.conv_block.") for i in range(5)]
 NAMES += [(".conv1.", ".conv1.conv."), (".conv2.", ".conv2.conv."), (".match.", ".conv3.conv."),
-          (".qkv.", ".attn.qkv."), (".project.", ".attn.proj."), (".table", ".attn.relative_position_bias_table"),
+          (".qkv.", ".attn.qkv."), (".project.", ".attn.proj."),
+          (".table", ".attn.relative_position_bias_table"),
           (".expand.", ".mlp.linear1."), (".contract.", ".mlp.linear2."),
           (".merge.norm.", ".downsample.norm."), (".merge.reduce.", ".downsample.reduction.")]
 
@@ -373,11 +405,12 @@ def reorder(name, tensor, downsample, back):
 
 
 def to_monai(state_dict, downsample="merging"):
-    """state_dict of a SwinUNETR, Swin3D or Classifier -> that of MONAI's SwinUNETR, of its swinViT, of its swinViT.*.
+    """state_dict of a SwinUNETR, Swin3D or Classifier -> that of MONAI's SwinUNETR, of its swinViT, of its
+    swinViT.*.
 
-    downsample: the `downsample` of MONAI's network, "merging" (since January 2025) or "mergingv2", for a model of merge="all";
-    for a model of merge="legacy" "legacy", which only MONAI before 2025 can use. The head of a Classifier has no counterpart
-    and is left out. Any other name that is not ours: ValueError.
+    downsample: the `downsample` of MONAI's network, "merging" (since January 2025) or "mergingv2", for a
+    model of merge="all"; for a model of merge="legacy" "legacy", which only MONAI before 2025 can use. The
+    head of a Classifier has no counterpart and is left out. Any other name that is not ours: ValueError.
     """
     bare, result = "embed.weight" in state_dict, {}
     for name, tensor in state_dict.items():
@@ -386,16 +419,18 @@ def to_monai(state_dict, downsample="merging"):
         name = f"encoder.{name}" if bare else name
         theirs = rename(name, NAMES)
         result[theirs] = reorder(name, tensor, downsample, back=False)
-        if name.endswith(".table"):                        # MONAI keeps the offsets of the tokens among its weights
+        if name.endswith(".table"):  # MONAI keeps the offsets of the tokens among its weights
             result[theirs.replace("bias_table", "index")] = offsets(window_of(tensor)).to(tensor.device)
     return {name.removeprefix("swinViT."): tensor for name, tensor in result.items()} if bare else result
 
 
 def from_monai(state_dict, downsample="merging"):
-    """state_dict of MONAI's SwinUNETR, or of its swinViT -> that of our SwinUNETR, or of our Swin3D; undoes `to_monai`.
+    """state_dict of MONAI's SwinUNETR, or of its swinViT -> that of our SwinUNETR, or of our Swin3D; undoes
+    `to_monai`.
 
-    downsample: as MONAI's network was built (mind its version), see `to_monai`. Raises ValueError for a name that is not in
-    MONAI's network, and for a relative_position_index that counts the tokens of a window in another way than MONAI 1.6.
+    downsample: as MONAI's network was built (mind its version), see `to_monai`. Raises ValueError for a name
+    that is not in MONAI's network, and for a relative_position_index that counts the tokens of a window in
+    another way than MONAI 1.6.
     """
     bare, back, result = "patch_embed.proj.weight" in state_dict, [pair[::-1] for pair in NAMES], {}
     for name, tensor in state_dict.items():
@@ -415,15 +450,17 @@ def window_of(table):
     return (round(len(table) ** (1 / 3)) + 1) // 2
 
 
-# What public files call things, rewritten in this order to MONAI's names. model_swinvit.pt has no "swinViT." and its own names
-# in the MLP, ssl_pretrained_weights.pth one 0 more; SuPreM and VoCo write swin_vit. ROOTS: under which of them is the encoder?
+# What public files call things, rewritten in this order to MONAI's names. model_swinvit.pt has no "swinViT."
+# and its own names in the MLP, ssl_pretrained_weights.pth one 0 more; SuPreM and VoCo write swin_vit. ROOTS:
+# under which of them is the encoder?
 WRAPPERS = r"^(module\.|_orig_mod\.)+"                     # DDP, torch.compile
 PUBLIC = [(r"^swin_vit\.", "swinViT."), (r"^(?=(patch_embed|layers\dc?)\.)", "swinViT."),
           (r"^(swinViT\.layers\dc?\.0\.)0\.", r"\1"), (r"\.mlp\.fc([12])\.", r".mlp.linear\1.")]
 ROOTS = ("backbone.", "student.", "encoder.", "")
 MONAI_NAME = re.compile(r"(swinViT|encoder(1|2|3|4|10)|decoder[1-5]|out)\.")
 CONTAINERS = ("state_dict", "model", "net", "network_weights", "student")
-FIRST = ("encoder.embed.weight", "skips.0.conv1.weight", "skips.0.match.weight")       # tensors that see the input channels
+# tensors that see the input channels
+FIRST = ("encoder.embed.weight", "skips.0.conv1.weight", "skips.0.match.weight")
 # MONAI's trainer stores its best score as a numpy number, which is a value like a tensor, and no code.
 SCALAR = np.float64(0).__reduce__()[0]
 NUMBERS = [(SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"), np.dtype,
@@ -433,41 +470,60 @@ NUMBERS = [(SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multi
 def read_file(path):
     """The dict in a file, opened so that no pickled object is ever built or run."""
     try:
+        if zipfile.is_zipfile(path):                       # torch compares no checksum
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise WeightsError(f"{path}: the file is damaged, the checksum of {damaged} does not fit")
         with torch.serialization.safe_globals(NUMBERS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise WeightsError(f"{path}: no such file") from None
+    except WeightsError:
+        raise
     except Exception as error:                             # whatever the bytes provoke: the file is at fault
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise WeightsError(f"{path}: holds a pickled object ({found[1]}), which is never run; save its tensors alone in a file"
-                           if found else f"{path}: not a file of torch.save ({type(error).__name__})") from None
+        said = f"not a file of torch.save ({type(error).__name__})"
+        if found:
+            said = (f"holds a pickled object ({found[1]}), which is never run; "
+                    "save its tensors alone in a file")
+        raise WeightsError(f"{path}: {said}") from None
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
     return content
 
 
 def read_ours(path, content):
-    """A checkpoint of this project -> tensors by our names, stated arguments of the encoder, names of other tensors, 0."""
-    part = {"s2dc/encoder": "encoder", "s2dc/pretrain": "student", "s2dc/finetune": "model"}.get(content["format"])
+    """A checkpoint of this project -> tensors by our names, stated arguments of the encoder, names of other
+    tensors, 0."""
+    part = {"s2dc/encoder": "encoder", "s2dc/pretrain": "student",
+            "s2dc/finetune": "model"}.get(str(content["format"]))
     if part is None:
         raise WeightsError(f"{path}: unknown format {content['format']!r}")
     absent = [key for key in (part, "arguments") if not isinstance(content.get(key), dict)]
     if absent:
         raise WeightsError(f"{path}: of format {content['format']!r}, but without {' and '.join(absent)}")
     state = {re.sub(WRAPPERS, "", name): tensor for name, tensor in content[part].items()}
+    strange = [name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)]
+    if strange:
+        raise WeightsError(f"{path}: {strange[0]} is {type(state[strange[0]]).__name__}, expected a tensor")
     if part == "encoder":
         return {f"encoder.{name}": tensor for name, tensor in state.items()}, content["arguments"], [], 0
     others = [name for name in state if part == "student" and not name.startswith("encoder.")]
     others += [f"teacher.{name}" for name in content.get("teacher", {})]
-    return {name: tensor for name, tensor in state.items() if name not in others}, content["arguments"], others, 0
+    return {name: tensor for name, tensor in state.items()
+            if name not in others}, content["arguments"], others, 0
 
 
 def read_public(path, content, downsample):
-    """A file of MONAI's kind -> tensors by our names, what `downsample` says of its arguments, names of other tensors, and how
-    many relative_position_index it held: `from_monai` compares them with ours, so they count as loaded."""
+    """A file of MONAI's kind -> tensors by our names, what `downsample` says of its arguments, names of other
+    tensors, and how many relative_position_index it held: `from_monai` compares them with ours, so they count
+    as loaded."""
     content = next((content[key] for key in CONTAINERS if isinstance(content.get(key), dict)), content)
-    tensors = {re.sub(WRAPPERS, "", str(name)): tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
-    root = next((root for root in ROOTS if any(re.match(re.escape(root) + r"(\w+\.)?patch_embed\.", n) for n in tensors)), "")
+    tensors = {re.sub(WRAPPERS, "", str(name)): tensor for name, tensor in content.items()
+               if isinstance(tensor, torch.Tensor)}
+    root = next((root for root in ROOTS
+                 if any(re.match(re.escape(root) + r"(\w+\.)?patch_embed\.", n) for n in tensors)), "")
     state, others = {}, []
     for name, tensor in tensors.items():
         theirs = name.removeprefix(root)
@@ -478,48 +534,57 @@ def read_public(path, content, downsample):
         else:
             others.append(name)
     try:
-        return (from_monai(state, downsample), {"merge": "legacy" if downsample == "legacy" else "all"}, others,
-                sum(name.endswith(".relative_position_index") for name in state))
+        arguments = {"merge": "legacy" if downsample == "legacy" else "all"}
+        compared = sum(name.endswith(".relative_position_index") for name in state)
+        return from_monai(state, downsample), arguments, others, compared
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from None
 
 
 def encoder_arguments(path, state, others):
     """The arguments of the Swin3D whose tensors these are, read off their shapes."""
-    embed, tables = state.get("encoder.embed.weight"), [state.get(f"encoder.stages.{i}.blocks.0.table") for i in range(4)]
+    embed = state.get("encoder.embed.weight")
+    tables = [state.get(f"encoder.stages.{i}.blocks.0.table") for i in range(4)]
     if embed is None or embed.ndim != 5 or any(table is None or table.ndim != 2 for table in tables):
         names = [*others, *state]
-        raise WeightsError(f"{path}: holds no Swin encoder of four stages; its tensors: {', '.join(names[:3]) or 'none'}"
-                           + f" and {len(names) - 3} more" * (len(names) > 3))
-    depths = Counter(name.split(".")[2] for name in state if name.startswith("encoder.") and name.endswith(".table"))
-    return dict(in_channels=embed.shape[1], feature_size=embed.shape[0], depths=tuple(depths[str(i)] for i in range(4)),
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise WeightsError(f"{path}: holds no Swin encoder of four stages; its tensors: "
+                           f"{', '.join(names[:3]) or 'none'}{more}")
+    blocks = [name for name in state if name.startswith("encoder.") and name.endswith(".table")]
+    depths = Counter(name.split(".")[2] for name in blocks)
+    return dict(in_channels=embed.shape[1], feature_size=embed.shape[0],
+                depths=tuple(depths[str(i)] for i in range(4)),
                 num_heads=tuple(table.shape[1] for table in tables), window_size=window_of(tables[0]),
                 v2=any(name.startswith("encoder.stages.") and ".local." in name for name in state))
 
 
 def check_arguments(path, theirs, model, stated):
-    """Refuse an encoder built in another way, in one line that says all differences. stated: the file names its merging."""
+    """Refuse an encoder built in another way, in one line that says all differences. stated: the file names
+    its merging."""
     keys = ("feature_size", "depths", "num_heads", "window_size", "v2", "merge")
     theirs = {key: tuple(value) if isinstance(value, list) else value for key, value in theirs.items()}
     wrong = [key for key in keys if theirs.get(key) != model[key]]
     if wrong == ["merge"] and not stated:
         other = "'legacy'" if model["merge"] == "legacy" else "'merging' or 'mergingv2'"
-        raise WeightsError(f"{path}: does not say how it merges patches; taken for {theirs['merge']!r}, as all public files "
-                           f"before 2025 are: build the model with merge={theirs['merge']!r}, or pass downsample={other} if "
-                           f"the file was trained so")
+        raise WeightsError(f"{path}: does not say how it merges patches; taken for {theirs['merge']!r}, "
+                           "as all public files before 2025 are: build the model with "
+                           f"merge={theirs['merge']!r}, or pass downsample={other} if the file was trained so")
     if wrong:
-        differ = "; ".join(f"{key} is {theirs.get(key)} in the file, {model[key]} in the model" for key in wrong)
+        differ = "; ".join(f"{key} is {theirs.get(key)} in the file, {model[key]} in the model"
+                           for key in wrong)
         raise WeightsError(f"{path}: does not fit the model: {differ}")
     if theirs["in_channels"] not in (1, model["in_channels"]):
-        raise WeightsError(f"{path}: in_channels is {theirs['in_channels']} in the file, {model['in_channels']} in the model; "
-                           f"only 1 can be spread over several")
+        raise WeightsError(f"{path}: in_channels is {theirs['in_channels']} in the file, "
+                           f"{model['in_channels']} in the model; only 1 can be spread over several")
 
 
 def fit(path, state, own, label):
-    """Choose the tensors of `state` that `own` takes -> (tensors to load, {name: why it was skipped}, names inflated).
+    """Choose the tensors of `state` that `own` takes -> (tensors to load, {name: why it was skipped}, names
+    inflated).
 
-    Skipped: what has no place in the model, and an output layer of another number of outputs. Inflated: weights of one input
-    channel to k, each 1 / k of them, so that k equal channels give what the one gave. All else must fit exactly.
+    Skipped: what has no place in the model, and an output layer of another number of outputs. Inflated:
+    weights of one input channel to k, each 1 / k of them, so that k equal channels give what the one gave.
+    All else must fit exactly.
     """
     chosen, skipped, inflated = {}, {}, []
     for name, tensor in state.items():
@@ -539,44 +604,54 @@ def fit(path, state, own, label):
             raise WeightsError(f"{path}: {name} holds numbers that are not finite or not floating point")
         else:
             chosen[name] = tensor
-    parts = {name.split(".")[0] for name in state if name in own} | {"encoder"}      # each is there as a whole or not at all
+    # each is there as a whole or not at all
+    parts = {name.split(".")[0] for name in state if name in own} | {"encoder"}
     lost = [name for name in own if name not in state and name.split(".")[0] in parts]
     if lost:
-        raise WeightsError(f"{path}: lacks {len(lost)} tensors of the model: {', '.join(lost[:3])}{', ..' * (len(lost) > 3)}")
+        more = ", .." if len(lost) > 3 else ""
+        raise WeightsError(f"{path}: lacks {len(lost)} tensors of the model: {', '.join(lost[:3])}{more}")
     return chosen, skipped, inflated
 
 
 def load_weights(model, path, downsample="legacy"):
-    """Load a file of weights into a Swin3D, SwinUNETR or Classifier, checked before anything is changed; or WeightsError.
+    """Load a file of weights into a Swin3D, SwinUNETR or Classifier, checked before anything is changed; or
+    WeightsError.
 
-    Reads this project's checkpoints (encoder.pt; last.pt of pre-training, of which the student; those of fine-tuning) and
-    MONAI's (model_swinvit.pt, ssl_pretrained_weights.pth, supervised ones, any state_dict), VoCo's and VoCo-large's, SuPreM's
-    and the released S2DC's, told apart by their names. The latter cannot say how they merge patches: `downsample` does, as in
-    `from_monai`; "legacy", which needs a model of merge="legacy", holds for every public file from before 2025.
+    Reads this project's checkpoints (encoder.pt; last.pt of pre-training, of which the student; those of
+    fine-tuning) and MONAI's (model_swinvit.pt, ssl_pretrained_weights.pth, supervised ones, any state_dict),
+    VoCo's and VoCo-large's, SuPreM's and the released S2DC's, told apart by their names. The latter cannot
+    say how they merge patches: `downsample` does, as in `from_monai`; "legacy", which needs a model of
+    merge="legacy", holds for every public file from before 2025.
 
-    The encoder loads as a whole: no v1 file into a v2 model or the reverse (its convolutions would stay untrained, or be lost),
-    no other size. Any other part of the model (skips, bottom, ups, out, head) loads as a whole if the file has it, and else
-    stays as initialised. See `fit` for what is skipped or inflated.
-    Returns and prints the report: file, loaded + skipped = total (tensors in the file), reasons {part of the file: why skipped},
-    initial {part of the model: tensors left as initialised}, inflated (names).
+    The encoder loads as a whole: no v1 file into a v2 model or the reverse (its convolutions would stay
+    untrained, or be lost), no other size. Any other part of the model (skips, bottom, ups, out, head) loads
+    as a whole if the file has it, and else stays as initialised. See `fit` for what is skipped or inflated.
+    Returns and prints the report: file, loaded + skipped = total (tensors in the file), reasons {part of the
+    file: why skipped}, initial {part of the model: tensors left as initialised}, inflated (names).
     """
     content = read_file(path)
     ours, prefix = "format" in content, "encoder." if isinstance(model, Swin3D) else ""
     encoder, label = model if isinstance(model, Swin3D) else model.encoder, type(model).__name__
-    state, arguments, others, compared = read_ours(path, content) if ours else read_public(path, content, downsample)
+    found = read_ours(path, content) if ours else read_public(path, content, downsample)
+    state, arguments, others, compared = found
     check_arguments(path, encoder_arguments(path, state, others) | arguments, encoder.arguments, stated=ours)
     own = {prefix + name: tensor for name, tensor in model.state_dict().items()}
     chosen, skipped, inflated = fit(path, state, own, label)
-    model.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in chosen.items()}, strict=False)
+    model.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in chosen.items()},
+                          strict=False)
 
     loaded = len(chosen) + compared
     why = Counter((name.split(".")[0], f"not in {label}") for name in others)
     why += Counter((name.split(".")[0], reason) for name, reason in skipped.items())
     initial = Counter(name.split(".")[0] for name in own if name not in chosen)
     report = dict(file=str(path), loaded=loaded, total=loaded + sum(why.values()), skipped=sum(why.values()),
-                  reasons={part: f"{n} {reason}" for (part, reason), n in why.items()}, initial=dict(initial), inflated=inflated)
+                  reasons={part: f"{n} {reason}" for (part, reason), n in why.items()}, initial=dict(initial),
+                  inflated=inflated)
     reasons = "; ".join(f"{part}: {reason}" for part, reason in report["reasons"].items())
-    print(f"{path}: loaded {loaded} of {report['total']}, skipped {report['skipped']}" + f" ({reasons})" * bool(reasons)
-          + f", inflated to {encoder.arguments['in_channels']} channels {', '.join(inflated)}" * bool(inflated)
-          + "".join(f", left {n} of {part} as initialised" for part, n in initial.items()))
+    said = f"{path}: loaded {loaded} of {report['total']}, skipped {report['skipped']}"
+    if reasons:
+        said += f" ({reasons})"
+    if inflated:
+        said += f", inflated to {encoder.arguments['in_channels']} channels {', '.join(inflated)}"
+    print(said + "".join(f", left {n} of {part} as initialised" for part, n in initial.items()))
     return report

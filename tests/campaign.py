@@ -10,6 +10,7 @@ kill, when a damaged file is taken for a whole one, or when a file is left that 
 """
 import argparse
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -31,13 +32,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import configs  # noqa: E402
-import data  # noqa: E402
-import finetune  # noqa: E402
-import pretrain  # noqa: E402
-import tasks  # noqa: E402
-from model import Swin3D, WeightsError, load_weights  # noqa: E402
-from run import save  # noqa: E402
+import configs
+import data
+import finetune
+import pretrain
+import tasks
+from model import Swin3D, WeightsError, load_weights
+from run import save
 
 TINY = dict(slab=(64, 64, 64), crop=(64, 64, 64), feature_size=4, num_heads=(1, 1, 1, 1), depths=(1, 1, 1, 1), window_size=4,
             hidden=16, embedding=8, queue=7, batch=2, warmup=1, workers=0, log_every=1, save_every=2, steps=6)
@@ -89,7 +90,8 @@ def header(folder, rng):
         if form[-1] == "f":
             old = list(struct.unpack("<" + form, content[place:place + size]))
             k = rng.randrange(len(old))
-            old[k] = rng.choice([*ODD, old[k] * 40, old[k] * 1e13, old[k] * 1e-6, rng.uniform(-1e4, 1e4)])
+            odd = rng.choice([*ODD, old[k] * 40, old[k] * 1e13, old[k] * 1e-6, rng.uniform(-1e4, 1e4)])
+            old[k] = odd if abs(odd) < 3.4e38 or not abs(odd) < np.inf else 3.4e38
             content[place:place + size] = struct.pack("<" + form, *old)
         elif form[-1] == "h":
             count = size // 2
@@ -99,7 +101,7 @@ def header(folder, rng):
         else:
             content[place:place + size] = rng.choice([rng.randbytes(size), b"ni1\0"[:size], b"\0" * size])
     packed = path.suffix == ".gz"
-    path.write_bytes(__import__("gzip").compress(bytes(content)) if packed else bytes(content))
+    path.write_bytes(gzip.compress(bytes(content)) if packed else bytes(content))
     read_and_preprocess(path, rng)
 
 

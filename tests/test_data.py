@@ -562,7 +562,7 @@ def test_resizing_stretches_the_foreground_and_keeps_world_positions(tmp_path):
         old = nib.affines.apply_affine(nib.load(image).affine, np.array((4, 3, 2)) + np.array(corner) * (10, 8, 12) - 0.5)
         new = nib.affines.apply_affine(np.array(record["affine"]), np.array(corner) * (20, 6, 12) - 0.5)
         np.testing.assert_allclose(new, old, atol=1e-4)
-    assert data._expected_bytes(case_of(image, targets=[image]), cfg) == 2 * 2 * 20 * 6 * 12
+    assert data.expected_bytes(case_of(image, targets=[image]), cfg) == 2 * 2 * 20 * 6 * 12
 
 
 def test_label_ids_are_renamed_checked_and_kept(tmp_path):
@@ -661,15 +661,15 @@ def test_cache_holds_two_bytes_a_voxel_whatever_the_number_of_workers(tmp_path):
     open_scans(three)
     same_contents(contents(one), contents(three))
     case = data.find_cases(one)[0]
-    assert data._expected_bytes(case | dict(label=None), one) == 2 * 12 * 10 * 8
+    assert data.expected_bytes(case | dict(label=None), one) == 2 * 12 * 10 * 8
     written = sum(path.stat().st_size - 128 for path in data.cache_folder(one).glob("0-*.npy"))
-    assert written <= data._expected_bytes(case, one)
+    assert written <= data.expected_bytes(case, one)
 
 
 def test_positions_are_spread_over_large_classes():
     label = np.zeros((40, 40, 40), np.uint8)
     label[5:35], label[0, 0, :3] = 2, 7
-    rows = data._positions(label)
+    rows = data.labelled_positions(label)
     assert (label[tuple(rows[:, 1:].T)] == rows[:, 0]).all() and (rows[:, 0] == 7).sum() == 3
     large = rows[rows[:, 0] == 2]
     assert len(large) == 4096 and len(np.unique(large, axis=0)) == 4096
@@ -790,7 +790,7 @@ def test_no_record_is_lost_when_many_write_the_index(tmp_path):
         if not child:
             try:
                 for k in range(25):
-                    data._merge_index(tmp_path, cfg, {f"{part}-{k}": {}})
+                    data.merge_index(tmp_path, cfg, {f"{part}-{k}": {}})
             finally:
                 os._exit(0)
         children.append(child)
@@ -801,7 +801,7 @@ def test_no_record_is_lost_when_many_write_the_index(tmp_path):
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     cfg = config(tmp_path, **data_set(tmp_path, 3))
-    need = sum(data._expected_bytes(case, cfg) for case in data.find_cases(cfg))
+    need = sum(data.expected_bytes(case, cfg) for case in data.find_cases(cfg))
     assert need >= 3 * 2 * 12 * 10 * 8
     said = []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("usage", (), dict(total=1, used=0, free=need)))
@@ -1364,3 +1364,39 @@ def test_scans_without_an_object_and_smaller_than_a_crop(scans):
         if item["id"] == "1":                                       # centred; around the scan its least value
             assert label[0, 0, 10, 9, :].any()
             np.testing.assert_allclose(np.delete(image[0, 0].numpy(), np.s_[7:13], 0), -1, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["/home/me/scan", "../../x", "a/b", "..", "C:\\x"])
+def test_ids_of_a_datalist_stay_in_their_folder(tmp_path, name):
+    nifti(tmp_path / "a.nii.gz", np.arange(4 * 5 * 6).reshape(4, 5, 6).astype(np.int16))
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": "a.nii.gz", "id": name}]}))
+    before = {p for p in tmp_path.parent.rglob("*") if "cache" not in p.parts}
+    cfg = config(tmp_path, datalist="list.json")
+    (scan,) = data.open_scans(cfg, say=lambda *_: None)
+    assert (tmp_path / f"{scan.id}.nii.gz").resolve().parent == tmp_path.resolve()
+    assert Path(scan.stem).resolve().parent == data.cache_folder(cfg).resolve()
+    assert {p for p in tmp_path.parent.rglob("*") if "cache" not in p.parts} == before
+
+
+@pytest.mark.parametrize("entry, text", [
+    (3, "has no key 'image', it is 3"), ({"image": []}, "'image' of an entry of 'training' is [], expected a file name"),
+    ({"image": 3}, "'image' of an entry of 'training' is 3"), ({"image": ["a", 1]}, "expected a file name or a list of them"),
+    ({"image": "a", "id": {}}, "'id' of an entry of 'training' is {}, expected a text or a number"),
+    ({"image": "a", "target": 7}, "'target' of an entry of 'training' is 7")])
+def test_entries_of_a_datalist_of_another_type(tmp_path, entry, text):
+    (tmp_path / "list.json").write_text(json.dumps({"training": [entry]}))
+    said = ends(data.find_cases, config(tmp_path, datalist="list.json"))
+    assert said.startswith(f"{tmp_path}/list.json: ") and text in said and "\n" not in said
+    (tmp_path / "list.json").write_text(json.dumps({"training": 3}))
+    assert "no entries under 'training'" in ends(data.find_cases, config(tmp_path, datalist="list.json"))
+
+
+@pytest.mark.parametrize("factor", [1e13, 60, 1e-4])
+def test_voxels_of_no_scan_are_one_unusable_file_among_the_others(tmp_path, factor):
+    voxels = np.arange(4 * 5 * 6).reshape(4, 5, 6).astype(np.int16)
+    nifti(tmp_path / "a.nii.gz", voxels)
+    nib.save(nib.Nifti1Image(voxels, np.diag([factor * 2.0] * 3 + [1.0])), tmp_path / "b.nii.gz")
+    cfg = config(tmp_path, scans="*.nii.gz", spacing=(2.0, 2.0, 2.0))
+    good, reasons = data.fill_cache(data.find_cases(cfg), cfg, lambda *_: None)
+    assert [case["id"] for case, *_ in good] == ["a"]
+    assert reasons[0].startswith(f"{tmp_path}/b.nii.gz: voxels of ") and "expected 0.01 to 100 mm" in reasons[0]

@@ -348,13 +348,19 @@ def test_stops_at_the_first_non_finite_step_and_keeps_the_last_checkpoint(tmp_pa
 
 
 def test_three_steps_equal_the_same_written_out(small, monkeypatch, capsys):
-    """Passes, clipping, the schedule, layer decay and AdamW, by their formulas; of the script only the crops and the network."""
+    """Passes, clipping, the schedule, layer decay and AdamW, by their formulas; of the script the crops and the network.
+
+    Weights are compared after one step, where the gradient is more than rounding: AdamW divides by its size, so what is nothing
+    but rounding (the bias of attention's keys) moves a weight as far as any, and the steps after it carry that on.
+    """
     torch.manual_seed(1)
     init_file(small.parent / "encoder.pt")
-    keys = SHORT | dict(steps=3, warmup=2, lr=1e-3, min_lr=1e-4, decay=0.2, clip=0.05, batch=4, accumulate=2, layer_decay=0.5, eval_every=3)
-    args = flags(**TABLE, **keys, init="encoder.pt")
-    here(monkeypatch, capsys, small.parent, small, finetune.main, "demo_classification", *args)
-    cfg = configs.load(finetune.Config, [str(small.parent / "runs/demo_classification/config.py")])
+    keys = SHORT | dict(steps=3, warmup=2, lr=1e-3, min_lr=1e-4, decay=0.2, clip=0.05, batch=4, accumulate=2, layer_decay=0.5,
+                        eval_every=3, init="encoder.pt")
+    for name, steps in (("three", 3), ("one", 1)):
+        here(monkeypatch, capsys, small.parent, small, finetune.main, "demo_classification",
+             *flags(**TABLE, **keys | dict(steps=steps, name=name)))
+    cfg = configs.load(finetune.Config, [str(small.parent / "runs/three/config.py")])
     parts = tasks.split_cases(cfg)
     scans = data.open_scans(cfg, parts["train"], lambda *_: None)
     crops = data.Crops(scans, cfg, cfg.batch, cfg.seed, {case["id"]: case["class"] for case in parts["train"]})
@@ -363,16 +369,17 @@ def test_three_steps_equal_the_same_written_out(small, monkeypatch, capsys):
     network.encoder.load_state_dict(torch.load(small.parent / "encoder.pt", weights_only=True)["encoder"])
     names = dict(network.named_parameters())
     m, v = ({name: torch.zeros_like(p) for name, p in names.items()} for _ in range(2))
-    rates, costs, norms = (5e-4, 1e-3, 1e-3), [], []        # two steps of warm-up, then the top of the cosine
-    for step, rate in enumerate(rates):
+    log, last = log_of(small.parent / "runs/three")[1:4], torch.load(small.parent / "runs/one/last.pt", weights_only=True)
+    for step, rate in enumerate((5e-4, 1e-3, 1e-3)):        # two steps of warm-up, then the top of the cosine
         batch = data.collate([crops[step, place] for place in range(4)])
         image, _, _ = data.moved_crops(batch, cfg)
         cost = -network(image).log_softmax(1)[torch.arange(4), batch["class"]].mean()
         grads = torch.autograd.grad(cost, list(names.values()))
         norm = torch.cat([g.flatten() for g in grads]).norm()
-        costs.append(cost.item())
-        norms.append(norm.item())
-        assert norm > cfg.clip
+        assert norm > cfg.clip and log[step]["lr"] == pytest.approx(rate)
+        assert log[step]["loss"] == pytest.approx(cost.item(), rel=1e-2 if step else 1e-4)
+        assert log[step]["grad_norm"] == pytest.approx(norm.item(), rel=0.1 if step else 1e-2)
+        clear = 0
         with torch.no_grad():
             for (name, p), g in zip(names.items(), grads):
                 g = g * cfg.clip / norm
@@ -381,20 +388,11 @@ def test_three_steps_equal_the_same_written_out(small, monkeypatch, capsys):
                 p.mul_(1 - lr * (0.2 if p.ndim > 1 else 0))
                 m[name], v[name] = 0.9 * m[name] + 0.1 * g, 0.999 * v[name] + 0.001 * g ** 2
                 p.sub_(lr * m[name] / (1 - 0.9 ** (step + 1)) / ((v[name] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8))
-    log = log_of(small.parent / "runs/demo_classification")[1:4]
-    assert [line["lr"] for line in log] == pytest.approx(rates)
-    assert [line["loss"] for line in log] == pytest.approx(costs, rel=1e-2)
-    assert [line["grad_norm"] for line in log] == pytest.approx(norms, rel=5e-2)
-    # AdamW divides by the size of a gradient, so one that is nothing but rounding (the bias of attention's keys) moves a weight
-    # as far as any: first moments are compared as a whole, and weights where there is a gradient
-    last = torch.load(small.parent / "runs/demo_classification/last.pt", weights_only=True)
-    by_place = {id(p): name for name, p in names.items()}
-    order = [by_place[id(p)] for group in finetune.groups_of(network, cfg) for p in group["params"]]
-    flat = lambda values: torch.cat([values(k, name).flatten() for k, name in enumerate(order)])
-    mine, theirs = flat(lambda _, name: m[name]), flat(lambda k, _: last["optimizer"]["state"][k]["exp_avg"])
-    assert (mine - theirs).norm() < 5e-2 * mine.norm()
-    clear, moved = mine.abs() > 1e-5, flat(lambda _, name: last["model"][name] - names[name].detach()).abs()
-    assert clear.sum() > 1000 and (moved[clear] > 1e-4).float().mean() < 0.1
+                sure = g.abs() > 1e-5
+                clear += int(sure.sum())
+                if step == 0:
+                    torch.testing.assert_close(last["model"][name][sure], p[sure], rtol=0, atol=2e-6, msg=name)
+        assert step or clear > 1000
 
 
 @pytest.mark.parametrize("scores, best", [((0.5, 0.7, 0.6), 4), ((0.3, 0.3, 0.2), 2), ((np.nan, 0.1, np.nan), 4)])

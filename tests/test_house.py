@@ -16,9 +16,8 @@ MAY = {     # room of the root: the rooms it may import
 }
 SIX = {"torch", "numpy", "scipy", "nibabel", "einops"}       # and pytest, for the tests
 WHERE_USED = {"matplotlib", "sklearn", "SimpleITK", "PIL"}   # imported by the functions that need them
-LINES = {"data": 1090}                                       # else 700
-WIDE = {"configs", "data", "model", "losses", "metrics", "tasks", "evaluate", "bench", "figures", "phantom", "study",
-        "sarcoma"}                                           # still hold wider lines; no other may
+LINES = {"data": 1130}                                       # else 700
+WIDE = {"figures"}                                           # still hold wider lines; no other may
 LOOPS = {("pretrain", "main"), ("finetune", "main")}         # at most 110 lines, other functions 60
 
 

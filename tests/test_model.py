@@ -11,7 +11,6 @@ from torch import nn
 import model as model_file
 from model import (
     LEGACY,
-    SIZES,
     Classifier,
     Merge,
     Projector,
@@ -110,7 +109,7 @@ def test_decoder_equals_monai_on_a_cube():
 
 @pytest.mark.parametrize("v2, tensors, millions", [(False, 159, 62.19), (True, 167, 72.76)])
 def test_base_size_has_as_many_tensors_and_parameters_as_monai(v2, tensors, millions):
-    net = SwinUNETR(1, 14, feature_size=SIZES["B"], v2=v2)
+    net = SwinUNETR(1, 14, feature_size=48, v2=v2)
     assert len(to_monai(net.state_dict())) == tensors
     assert abs(sum(p.numel() for p in net.parameters()) / 1e6 - millions) < 0.006
     assert Swin3D(v2=False).arguments == dict(in_channels=1, feature_size=48, depths=(2, 2, 2, 2), num_heads=(3, 6, 12, 24),
@@ -597,3 +596,26 @@ def test_save_is_all_or_nothing(tmp_path):
     assert torch.load(path, weights_only=True) == {"step": 1} and os.listdir(tmp_path) == ["last.pt"]
     save(path, {"step": 3})
     assert torch.load(path, weights_only=True) == {"step": 3} and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_one_flipped_bit_is_refused(tmp_path):
+    net = Swin3D(1, **SMALL)
+    path, other = tmp_path / "encoder.pt", Swin3D(1, **SMALL)
+    save(path, dict(format="s2dc/encoder", encoder=net.state_dict(), arguments=net.arguments))
+    raw, before = bytearray(path.read_bytes()), {k: v.clone() for k, v in other.state_dict().items()}
+    for place in range(len(raw) // 7, len(raw) * 6 // 7, len(raw) // 9):        # among the numbers, not in the directory
+        damaged = bytearray(raw)
+        damaged[place] ^= 64
+        path.write_bytes(damaged)
+        with pytest.raises(WeightsError, match="encoder.pt: the file is damaged, the checksum of .* does not fit$"):
+            load_weights(other, path)
+    assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [None, "x", 3])
+def test_what_is_no_tensor_is_refused(tmp_path, value):
+    net = Swin3D(1, **SMALL)
+    state = net.state_dict() | {"embed.bias": value}
+    save(tmp_path / "e.pt", dict(format="s2dc/encoder", encoder=state, arguments=net.arguments))
+    with pytest.raises(WeightsError, match="e.pt: embed.bias is .*, expected a tensor"):
+        load_weights(net, tmp_path / "e.pt")
