@@ -30,7 +30,7 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from scipy import ndimage
 
 import configs
@@ -157,7 +157,7 @@ def _read_nifti(path):
     shape = _check_header(path, image.shape, image.affine)
     start = int(image.dataobj.offset)
     if start < 0:
-        raise VolumeError(f"{path}: the header says that the voxels begin at byte {start}, expected 0 or more")
+        raise VolumeError(f"{path}: the voxels begin at byte {start} by the header, expected 0 or more")
     claimed = start + count * kind.itemsize
     packed, size = path.name.endswith(".gz"), path.stat().st_size
     if claimed > size * (1032 if packed else 1):                    # deflate cannot pack more than 1032 to 1
@@ -435,9 +435,10 @@ def preprocessing(cfg):
 def preprocess(case, cfg):
     """Read, check, resample, crop and scale one case.
 
-    returns {"image": (c, x, y, z) float16, "label": (x, y, z) uint8 or int16 or absent, "target": (c, x, y,
-    z) or absent} and a record for the index: shape, spacing, affine (of the returned grid), fill (c,) what
-    stands for "outside the scan" (each channel's least value), what the summary shows. Raises VolumeError.
+    returns {"image": (c, x, y, z) float16, "body": (i, j, k) bool of body_map, "label": (x, y, z) uint8 or
+    int16 or absent, "target": (c, x, y, z) or absent} and a record for the index: shape, spacing, affine (of
+    the returned grid), fill (c,) what stands for "outside the scan" (each channel's least value), what the
+    summary shows. Raises VolumeError.
     """
     paths, channels = case["images"] + case["targets"], len(case["images"])
     volumes, affine, record = _read_case(case, cfg)
@@ -464,7 +465,7 @@ def preprocess(case, cfg):
         affine = affine @ nib.affines.from_matvec(np.diag(step), (step - 1) / 2)
         volumes = [stretch(v, cfg.resize, order) for v, order in zip(volumes, orders)]
     scaled = [scale_intensity(v, v > cfg.foreground, cfg, path) for v, path in zip(volumes, paths)]
-    arrays = {"image": np.stack(scaled[:channels])}
+    arrays = {"image": np.stack(scaled[:channels]), "body": body_map(volumes[:channels], cfg.foreground)}
     if case["targets"]:
         arrays["target"] = np.stack(scaled[channels:])
         record["target_fill"] = arrays["target"].min((1, 2, 3)).tolist()
@@ -531,6 +532,32 @@ def label_ids(path, label, cfg):
     return renamed
 
 
+BODY_CELL = 8                       # voxels along each axis of a cell of the body map
+BODY_SHARE = 0.25                   # of a cell's voxels that must be tissue
+
+
+def body_map(volumes, foreground):
+    """(i, j, k) bool: the cells of BODY_CELL voxels of one scan's channels (x, y, z) that show the body.
+
+    Tissue lies above `foreground`, and a tenth of the way from a channel's 2nd to its 98th percentile (as FSL
+    BET begins): noise in the air of MRI and PET lies above 0. Axial holes are filled: lungs and ventricles
+    are body. Where no cell holds BODY_SHARE of it, the fullest ones count.
+    """
+    tissue = np.zeros(volumes[0].shape, bool)
+    for volume in volumes:
+        low, high = np.percentile(volume[::2, ::2, ::2], [2, 98])
+        tissue |= volume > max(foreground, low + 0.1 * (high - low))
+    size, edge = tissue.shape, BODY_CELL
+    tissue = np.pad(tissue, [(0, -n % edge) for n in size])
+    count = reduce(tissue, "(i x) (j y) (k z) -> i j k", "sum", x=edge, y=edge, z=edge)
+    i, j, k = (np.minimum(edge, n - np.arange(0, n, edge)) for n in size)        # the last hold fewer
+    body = count >= BODY_SHARE * rearrange(i, "i -> i 1 1") * rearrange(j, "j -> j 1") * k
+    if not body.any():
+        body = count == count.max()
+    filled = [ndimage.binary_fill_holes(axial) for axial in rearrange(body, "i j k -> k i j")]
+    return rearrange(np.stack(filled), "k i j -> i j k")
+
+
 def resample(volume, affine, spacing, order):
     """`volume` (x, y, z) on a grid of `spacing` mm that keeps voxel 0 in place; order 1 linear, 0 nearest."""
     step = np.array(spacing, float) / spacing_of(affine)            # old voxels per new voxel
@@ -579,11 +606,12 @@ def scale_intensity(volume, inside, cfg, path):
 # ----------------------------------------- cache: one memory-mapped .npy per array, an index.json beside them
 
 FIRST_PER_CLASS = 4096              # foreground positions kept per class and scan, spread evenly over it
+CACHE_VERSION = 2                   # raise it when a scan gets other files or another record
 
 
 def cache_folder(cfg):
     """Where the scans of this config lie preprocessed: another folder for every other preprocessing."""
-    key = json.dumps(preprocessing(cfg), sort_keys=True, default=list)
+    key = json.dumps(preprocessing(cfg) | {"cache": CACHE_VERSION}, sort_keys=True, default=list)
     return Path(cfg.cache) / f"{cfg.dataset}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
@@ -627,7 +655,7 @@ def _fill_one(case, cfg, folder, name):
         if "label" in arrays:
             arrays["positions"] = labelled_positions(arrays["label"])
         for key, array in arrays.items():
-            if key != "positions":      # z slowest: a slab is a run of slices, so a cut reads few other pages
+            if key in ("image", "label", "target"):     # z slowest: a cut reads a run of slices
                 array = np.ascontiguousarray(rearrange(array, "... x y z -> ... z x y"))
             with configs.replacing(folder / f"{name}.{key}.npy") as aside, open(aside, "wb") as file:
                 np.save(file, array)
@@ -718,14 +746,17 @@ def _in_processes(todo, cfg, folder, say):
 
 
 def expected_bytes(case, cfg):
-    """Upper bound of what a case will take, from the headers alone; 0 for what the reader will refuse."""
+    """Upper bound of what a case will take, from the headers alone; 0 for what the reader will refuse.
+
+    2 bytes a voxel, and a byte a cell of the first image's body map: less than a hundredth of that.
+    """
     total = 0
     if case["label"]:                                               # its table of positions, 16 bytes a row
         total += 16 * FIRST_PER_CLASS * (len(cfg.labels) or 32)
     for path in _files(case):
         with contextlib.suppress(Exception):                        # the reader will name the reason
             if cfg.resize:
-                total += 2 * math.prod(cfg.resize)
+                total += int(2.02 * math.prod(cfg.resize))
             elif path.name.endswith((".nii", ".nii.gz")):
                 image = nib.load(path)
                 voxels, lengths = math.prod(image.shape), spacing_of(image.affine)
@@ -733,7 +764,7 @@ def expected_bytes(case, cfg):
                 if packed and plausible(lengths):
                     if cfg.spacing:
                         voxels *= math.prod(lengths) / math.prod(cfg.spacing)
-                    total += 2 * int(voxels)
+                    total += int(2.02 * voxels)
             else:                                                   # pictures are packed about 2 to 1
                 files = path.iterdir() if path.is_dir() else [path]
                 total += 2 * sum(file.stat().st_size for file in files)
@@ -757,6 +788,10 @@ class Scan:
     def positions(self):
         """(m, 4) int32 rows (class, x, y, z) of `labelled_positions`."""
         return np.load(f"{self.stem}.positions.npy", mmap_mode="r")
+
+    def body(self):
+        """(i, j, k) bool of `body_map`: 1/1024 of the image's bytes."""
+        return np.load(f"{self.stem}.body.npy")
 
     def cut(self, low, high, key="image", fill=None):
         """Voxels [low, high) along x y z, which may lie outside the scan: `fill` is there, one a channel."""
@@ -982,6 +1017,12 @@ class Slabs(torch.utils.data.Dataset):
         if any(s % c for s, c in zip(cfg.slab, cfg.crop)):
             raise SystemExit(f"slab = {cfg.slab} is not tiled by crops of {cfg.crop}")
         self.scans, self.cfg, self.batch, self.seed = scans, cfg, batch, seed
+        self.number = {subject: k for k, subject in enumerate(sorted({scan.subject for scan in scans}))}
+
+    def subjects(self, step):
+        """(batch,) int64: a number for the subject of each sample of a step, of all ranks."""
+        scans = [nth_scan(self.scans, self.seed, step * self.batch + place) for place in range(self.batch)]
+        return torch.tensor([self.number[scan.subject] for scan in scans])
 
     def __getitem__(self, step_place):
         step, place = step_place
@@ -989,26 +1030,73 @@ class Slabs(torch.utils.data.Dataset):
         return self.sample(scan, np.random.default_rng((self.seed, 2, step, place)))
 
     def sample(self, scan, generator):
-        """Cut one slab and what its two moved copies need around it.
+        """Cut one slab that shows the body, and what its two moved copies need around it.
 
-        returns cutout (c, x, y, z) float16, offset (3,) of the slab in it, H (4, 4) in slab coordinates, crop
-        (3,) start of the crop of L_g in the slab, H_twin (4, 4) in crop coordinates, scan_box (2, 3) the
-        scan's extent in slab coordinates, fill (c,), draws (2, 5), seeds (2,) of the changes (V', twin), id.
+        returns cutout (c, x, y, z) float16, first voxel (3,) of the slab in the scan, `start`, and in the
+        cutout, `offset`, H (4, 4) in slab coordinates, crop (3,) start of the crop of L_g in the slab and
+        chosen () its number, apart (n,) bool: which crops of V' show none of it, H_twin (4, 4) in crop
+        coordinates, valid and valid_ (t,) bool of tokens_of, fill (c,), draws (2, 5), seeds (2,) of the
+        changes (V', twin), id.
         """
-        cfg = self.cfg
+        cfg, body = self.cfg, scan.body()
         size, crop, shape = np.array(cfg.slab), np.array(cfg.crop), np.array(scan.shape)
         start = draw_start(generator, shape, size)
+        shown = crops_with_body(body, start, size, crop)
+        if not len(shown):                                          # a slab of air: another, around some body
+            cells = np.argwhere(body)
+            middle = (cells[generator.integers(len(cells))] * BODY_CELL + BODY_CELL // 2).astype(int)
+            start = np.where(shape > size, np.clip(middle - size // 2, 0, np.maximum(shape - size, 0)), start)
+            shown = crops_with_body(body, start, size, crop)
         H = random_affine(generator, (size - 1) / 2, cfg.rotation, cfg.scale, cfg.shear, cfg.shift, cfg.flip,
                           scan.spacing)
-        crop_start = generator.integers(0, size // crop) * crop
+        chosen = shown[generator.integers(len(shown))]
+        crop_start = chosen * crop
         H_twin = random_affine(generator, (crop - 1) / 2, cfg.twin_rotation, cfg.twin_scale, cfg.twin_shear,
                                cfg.twin_shift, cfg.flip, scan.spacing)
         boxes = [seen_through(H, size, start, shape), seen_through(H_twin, crop, start + crop_start, shape),
                  (start, start + size)]                             # the slab itself, whole
         low, high = np.min([a for a, _ in boxes], 0), np.max([b for _, b in boxes], 0)
-        parts = dict(cutout=scan.cut(low, high), offset=start - low, H=H, H_twin=H_twin, crop=crop_start,
-                     scan_box=np.stack([-start, shape - start]))
+        valid, valid_ = tokens_of(scan, start, H, cfg)
+        # where the middle of each crop of V' comes from
+        home = transform(torch.linalg.inv(H), patch_centres(size // crop, crop)).numpy()
+        apart = (np.abs(home - crop_start - (crop - 1) / 2) >= crop).any(1)
+        parts = dict(cutout=scan.cut(low, high), start=start, offset=start - low, H=H, H_twin=H_twin,
+                     crop=crop_start, chosen=np.ravel_multi_index(chosen, size // crop), apart=apart,
+                     valid=valid, valid_=valid_)
         return _finished(parts, scan, generator, cfg, copies=2)
+
+
+def crops_with_body(body, start, size, crop):
+    """(m, 3) numbers along x y z of a slab's crops that hold at least half as many cells of the body as the
+    fullest one does; none of a slab of air. Slab of `size` voxels from voxel `start` of the scan."""
+    centres = np.argwhere(body) * BODY_CELL + (BODY_CELL - 1) / 2
+    number = np.floor((centres - start + 0.5) / crop).astype(int)
+    grid = tuple(size // crop)
+    number = number[((number >= 0) & (number < grid)).all(1)]
+    cells = np.bincount(np.ravel_multi_index(number.T, grid), minlength=math.prod(grid))
+    enough = (cells > 0) & (2 * cells >= cells.max())
+    return np.stack(np.unravel_index(np.flatnonzero(enough), grid), axis=1)
+
+
+def tokens_of(scan, start, H, cfg):
+    """valid, valid_ (t,) bool: the tokens of V and V' that take part, a slab from voxel `start` on.
+
+    By the centre of a token's patch: it lies in the scan, and, with cfg.tokens = "body", in its body map.
+    """
+    patch = cfg.token_patch
+    c = patch_centres([s // patch for s in cfg.slab], patch)
+    home = transform(torch.linalg.inv(H), c)                        # what V' shows there, in V
+    return [_is_shown(scan, points.numpy() + start, cfg.tokens == "body") for points in (c, home)]
+
+
+def _is_shown(scan, points, in_body):
+    """(t,) bool: whether points (t, 3), in voxels of the scan, lie in it, and in its body if asked."""
+    inside = ((points >= -0.5) & (points <= np.array(scan.shape) - 0.5)).all(1)
+    if in_body:
+        body = scan.body()
+        i, j, k = np.clip((points + 0.5) // BODY_CELL, 0, np.array(body.shape) - 1).astype(int).T
+        inside &= body[i, j, k]
+    return inside
 
 
 def views(batch, cfg):
@@ -1023,14 +1111,6 @@ def views(batch, cfg):
     twin = warp(cutout, batch["H_twin"] @ translation(-offset - batch["crop"]), cfg.crop, fill=fill)
     draws, seeds = batch["draws"], batch["seeds"]
     return V, jitter(V_, draws[:, 0], seeds[:, 0]), jitter(twin, draws[:, 1], seeds[:, 1])
-
-
-def tokens_inside(batch, grid, patch):
-    """valid, valid_ (b, t) bool: tokens of V, V' whose patch has its centre in the scan, not in padding."""
-    low, high = rearrange(batch["scan_box"].double(), "b e d -> e b 1 d") - 0.5
-    c = patch_centres(grid, patch).to(low.device)
-    home = transform(torch.linalg.inv(batch["H"]), c)
-    return [((p >= low) & (p <= high)).all(-1) for p in (c.expand_as(home), home)]
 
 
 class Crops(torch.utils.data.Dataset):

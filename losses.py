@@ -57,16 +57,36 @@ def moments(x, where, dim):   # mean and population variance over the True place
 
 
 @full_precision
-def info_nce(query, key, queue, temperature):
-    """L_g, Eq. 1: the student's crop recognises its own augmented twin among the queue.
+def info_nce(query, key, queue, temperature, allowed=None):
+    """L_g, Eq. 1: the student's crop recognises its own augmented twin among the negatives.
     query (b, c)  pooled student features q_i        key (b, c)  teacher features q*_i' of the augmented twins
-    queue (K, c)  K earlier teacher features, the negatives: neither `key` itself nor slots never filled
+    queue (K, c)  the negatives: K other teacher features, of this step or earlier
+    allowed       (b, K) bool: which of them count for each query, say none of its own subject; None: all
     returns ()    0: the twin is certain; log(K + 1): all look alike. The denominator sums all K + 1
     All are l2-normalised here (the paper does not say; MoCo does), so q . q* is a cosine."""
-    positive = einsum(unit(query), unit(key), "b c, b c -> b")
-    negative = einsum(unit(query), unit(queue), "b c, k c -> b k")
+    positive, negative = twin_and_others(query, key, queue, allowed)
     logits = torch.cat([rearrange(positive, "b -> b 1"), negative], dim=1) / temperature
     return (logits.logsumexp(dim=1) - positive / temperature).mean()
+
+
+def twin_and_others(query, key, queue, allowed):    # cosines (b,), (b, K), where not allowed LOW
+    negative = einsum(unit(query), unit(queue), "b c, k c -> b k")
+    if allowed is not None:
+        negative = negative.masked_fill(~allowed, LOW)
+    return einsum(unit(query), unit(key), "b c, b c -> b"), negative
+
+
+@torch.no_grad()
+@full_precision
+def recognition(query, key, queue, temperature, allowed=None):
+    """What L_g is worth among keys of ONE teacher: () each of "top1", the share of queries whose twin is more
+    similar than every negative, "nce", Eq. 1, and what both are by chance. A queue of earlier keys can be
+    beaten by telling now from then, since the teacher drifts; these cannot."""
+    positive, negative = twin_and_others(query, key, queue, allowed)
+    others = (negative > LOW).sum(dim=1) + 1
+    top = (rearrange(positive, "b -> b 1") > negative).all(dim=1)
+    return {"top1": top.to(positive).mean(), "top1_chance": (1 / others).mean(),
+            "nce": info_nce(query, key, queue, temperature, allowed), "nce_chance": others.log().mean()}
 
 
 # Eq. 2-3, M_gt(i, j) = 1 where patch i of V and patch j of V' show each other's centre, is `correspondence`
@@ -195,14 +215,14 @@ def structure_sum(value, mass, matches, pairs, apart, form):
 
 
 @full_precision
-def s2dc_loss(tokens, tokens_, M_gt, query, key, queue, *, weights=(1.0, 1.0, 1.0), matching="dual_softmax",
-              temperature=0.1, global_temperature=0.2, form="sum", detach=True, valid=None, valid_=None,
-              bin_score=None, iterations=100, block=4096):
+def s2dc_loss(tokens, tokens_, M_gt, query, key, queue, *, allowed=None, weights=(1.0, 1.0, 1.0),
+              matching="dual_softmax", temperature=0.1, global_temperature=0.2, form="sum", detach=True,
+              valid=None, valid_=None, bin_score=None, iterations=100, block=4096):
     """Eq. 9: L = L_g + L_p2p + L_p2s, each with its weight (paper: 1, released code: 0.5), and what to watch.
 
     tokens, tokens_    (b, t, c)  student tokens of V, teacher tokens of V'; normalised here
     M_gt               (b, t, t) bool, or its True places as a long tensor (m, 3) of distinct rows (b, i, j)
-    query, key, queue  as in `info_nce`; may be None where weights[0] is 0, then L_g is 0
+    query, key, queue, allowed  as in `info_nce`; may be None where weights[0] is 0, then L_g is 0
     matching           "dual_softmax", or "sinkhorn" with bin_score; form, detach, .. as in these functions
     block              above this many tokens no t x t matrix is held, at most block^2 similarities a sample,
                        made again in backward (give M_gt as a list then). Equal up to rounding
@@ -234,7 +254,7 @@ def s2dc_loss(tokens, tokens_, M_gt, query, key, queue, *, weights=(1.0, 1.0, 1.
     terms = plain_terms if t <= block else functools.partial(blocked_terms, block=block)
     p2p, p2s, hit, partners = terms(tokens, tokens_, M_gt, valid, valid_, **options)
     no_global = query is None and weights[0] == 0
-    L_g = tokens.new_zeros(()) if no_global else info_nce(query, key, queue, global_temperature)
+    L_g = tokens.new_zeros(()) if no_global else info_nce(query, key, queue, global_temperature, allowed)
     _, variance = moments(unit(tokens.detach()), rearrange(valid, "b t -> b t 1"), 1)
     return {"loss": weights[0] * L_g + weights[1] * p2p + weights[2] * p2s, "global": L_g, "p2p": p2p,
             "p2s": p2s, "accuracy": hit.sum() / (partners > 0).sum().clamp(min=1),

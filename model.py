@@ -568,7 +568,7 @@ def check_arguments(path, theirs, model, stated):
         other = "'legacy'" if model["merge"] == "legacy" else "'merging' or 'mergingv2'"
         raise WeightsError(f"{path}: does not say how it merges patches; taken for {theirs['merge']!r}, "
                            "as all public files before 2025 are: build the model with "
-                           f"merge={theirs['merge']!r}, or pass downsample={other} if the file was trained so")
+                           f"merge={theirs['merge']!r}, or pass downsample={other} if it was trained so")
     if wrong:
         differ = "; ".join(f"{key} is {theirs.get(key)} in the file, {model[key]} in the model"
                            for key in wrong)

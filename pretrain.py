@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from einops import rearrange, reduce
@@ -46,6 +47,7 @@ class Config(data.Config):
     # a training sample
     slab: tuple = (384, 384, 96)    # voxels that one step sees of a scan; released code
     crop: tuple = (96, 96, 96)      # voxels of each crop that the network sees, they tile the slab; paper
+    fill_share: float = 0.3         # least mean share of the slab that the scans fill, else it is refused
     # the move from V to V', drawn uniformly; rotations and shear act in mm: anisotropic voxels turn rigidly
     rotation: tuple = (5.0, 5.0, 30.0)  # +- degrees about x y z; z: released code; x y: ours (slabs are flat)
     scale: tuple = (0.9, 1.2)       # least and largest zoom per axis; released code: one for all axes
@@ -66,6 +68,7 @@ class Config(data.Config):
     # objective
     weights: tuple = (1.0, 1.0, 1.0)    # of L_g, L_p2p, L_p2s; paper, Eq. 9 (released code 0.5 each)
     token_patch: int = 8            # voxels a token spans: 2 4 8 16 32 by map; ours (released code 32)
+    tokens: str = "body"            # that take part: of the body, or all "inside" the scan; ours (paper: all)
     matching: str = "dual_softmax"  # paper; or "sinkhorn" (released script)
     temperature: float = 0.1        # of Eq. 4; ours (released code: none, that is 1)
     sinkhorn_iterations: int = 100  # released code
@@ -73,7 +76,8 @@ class Config(data.Config):
     structure: str = "sum"          # form of Eq. 8: printed, sum, mean, released; see the README's table
     structure_detach: bool = True   # no gradient through the Sharpe weights; ours
     global_temperature: float = 0.2 # of Eq. 1; MoCo v2 (released code 0.9)
-    queue: int = 1024               # earlier keys that L_g compares with; ours (released code 90 a sample)
+    negatives: str = "step"         # of L_g: this step's other crops; paper: "queue"; or "both"; ours
+    queue: int = 1024               # earlier keys in the queue; ours (released code 90 a sample)
     momentum: float = 0.999         # of the teacher; released code
     # optimisation
     steps: int = 100_000            # paper
@@ -111,21 +115,27 @@ class Network(nn.Module):
         if cfg.matching == "sinkhorn":
             self.bin_score = nn.Parameter(torch.tensor(cfg.sinkhorn_bin))
 
-    def forward(self, slab, chosen=None, twin=None):
-        """slab (b, c, x, y, z) -> tokens (b, t, e) on the slab's one grid, embeddings (b, e) of a crop each:
-        its crop number `chosen` (b,), or `twin` (b, c, x, y, z), which passes the encoder as one more."""
-        x, y, z = self.crop
-        b, (ni, nj, nk) = len(slab), [s // c for s, c in zip(slab.shape[2:], self.crop)]
+    def forward(self, slab, keep, twin=None):
+        """Encode the crops of a slab that `keep` names, and a moved crop of each slab.
+
+        slab (b, c, x, y, z);  keep (b, n) bool, n crops, numbered along x, then y, then z;  twin (b, c, x, y,
+        z) or None -> tokens (b, t, e) on the slab's one grid, embeddings (b, n, e), or (b, n + 1, e) with the
+        twin's at the end. Of the other crops both are 0.
+        """
+        (x, y, z), b = self.crop, len(slab)
+        ni, nj, nk = (s // c for s, c in zip(slab.shape[2:], self.crop))
         crops = rearrange(slab, "b c (ni x) (nj y) (nk z) -> (b ni nj nk) c x y z", x=x, y=y, z=z)
-        maps = self.encoder(crops if twin is None else torch.cat([crops, twin]))
-        tokens = rearrange(maps[self.level][:len(crops)], "(b ni nj nk) c i j k -> b (ni i nj j nk k) c",
-                           b=b, ni=ni, nj=nj, nk=nk)
-        pooled = reduce(maps[-1], "n c i j k -> n c", "mean")
-        if twin is None:
-            picked = pooled[torch.arange(b, device=slab.device) * (ni * nj * nk) + chosen]
-        else:
-            picked = pooled[len(crops):]
-        return self.token_head(tokens), self.global_head(picked)
+        kept = rearrange(keep, "b n -> (b n)").nonzero().squeeze(1)
+        maps = self.encoder(torch.cat([crops[kept], crops[:0] if twin is None else twin]))
+        fine = self.token_head(rearrange(maps[self.level][:len(kept)], "n c i j k -> n i j k c"))
+        whole = self.global_head(reduce(maps[-1], "n c i j k -> n c", "mean"))
+        tokens = fine.new_zeros(len(crops), *fine.shape[1:]).index_copy(0, kept, fine)
+        embeddings = whole.new_zeros(len(crops), whole.shape[1]).index_copy(0, kept, whole[:len(kept)])
+        tokens = rearrange(tokens, "(b ni nj nk) i j k e -> b (ni i nj j nk k) e", b=b, ni=ni, nj=nj, nk=nk)
+        embeddings = rearrange(embeddings, "(b n) e -> b n e", b=b)
+        if twin is not None:
+            embeddings = torch.cat([embeddings, rearrange(whole[len(kept):], "b e -> b 1 e")], dim=1)
+        return tokens, embeddings
 
 
 class Queue:
@@ -133,14 +143,70 @@ class Queue:
 
     def __init__(self, length, width, device):
         self.keys, self.count = torch.zeros(length, width, device=device), 0
+        self.subjects = torch.zeros(length, dtype=torch.long, device=device)
 
     def filled(self):
-        return self.keys[:min(self.count, len(self.keys))]          # none invented before the first K
+        """Keys (k, e) and their subjects (k,), k at most K: none invented before the first K."""
+        length = min(self.count, len(self.keys))
+        return self.keys[:length], self.subjects[:length]
 
-    def push(self, keys):
+    def push(self, keys, subjects):
         slots = (self.count + torch.arange(len(keys), device=keys.device)) % len(self.keys)
-        self.keys[slots] = keys
+        self.keys[slots], self.subjects[slots] = keys, subjects
         self.count += len(keys)
+
+
+def others_of_step(keys, subjects, places, apart):
+    """The negatives that one step has for L_g, all keys of the one teacher of now.
+
+    keys (batch, n + 1, e) of all ranks: the crops of each V', 0 where none was made, and its twin at the end;
+    subjects (batch,); of this pass's queries places (b,) in the batch, apart (b, n) bool: which crops of its
+    own V' show nothing of the query's crop -> negatives (batch (n + 1), e), allowed (b, batch (n + 1)) bool:
+    nothing of the query's subject but those.
+    """
+    made = (keys != 0).any(dim=2)                                   # (batch, n + 1)
+    other = rearrange(subjects[places], "b -> b 1") != subjects     # (b, batch)
+    allowed = rearrange(other, "b m -> b m 1") & made
+    own = torch.arange(len(places), device=keys.device)
+    allowed[own, places, :-1] = made[places, :-1] & apart
+    return rearrange(keys, "m n e -> (m n) e"), rearrange(allowed, "b m n -> b (m n)")
+
+
+def negatives_of(cfg, step_keys, step_allowed, queue, subjects):
+    """What Eq. 1 compares with: (K, e) and allowed (b, K); subjects (b,) of the queries."""
+    old, whose = queue.filled()
+    old_allowed = rearrange(subjects, "b -> b 1") != whose
+    if cfg.negatives == "step":
+        return step_keys, step_allowed
+    if cfg.negatives == "queue":
+        return old, old_allowed
+    return torch.cat([step_keys, old]), torch.cat([step_allowed, old_allowed], dim=1)
+
+
+@torch.no_grad()
+def taught(batch, teacher, cfg, device, bf16):
+    """The batch on the device, V, and the teacher's tokens of V' and unit keys of its crops and the twin."""
+    batch = {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+             for key, value in batch.items()}
+    V, V_, twin = data.views(batch, cfg)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        tokens_, keys = teacher(V_, crops_seen(batch["valid_"], cfg), twin)
+    return batch, V, tokens_, nn.functional.normalize(keys.float(), dim=-1)
+
+
+@torch.no_grad()
+def follow(teacher, student, momentum):
+    """The teacher's weights as an exponential moving average of the student's."""
+    for slow, fast in zip(teacher.parameters(), student.parameters()):
+        slow.lerp_(fast, 1 - momentum)
+
+
+def crops_seen(valid, cfg):
+    """(b, n) bool: the crops of a slab with a token that takes part, of valid (b, t); all under compile."""
+    ni, nj, nk = (s // c for s, c in zip(cfg.slab, cfg.crop))
+    i, j, k = (c // cfg.token_patch for c in cfg.crop)
+    each = rearrange(valid, "b (ni i nj j nk k) -> b (ni nj nk) (i j k)", ni=ni, nj=nj, nk=nk, i=i, j=j, k=k)
+    return torch.ones_like(each[:, :, 0]) if cfg.compile else each.any(dim=2)
 
 
 def check(cfg, ranks):
@@ -157,6 +223,11 @@ def check(cfg, ranks):
          f"crop = {cfg.crop}, expected multiples of 32, at least 64"),
         (all(s >= c > 0 and s % c == 0 for s, c in zip(cfg.slab, cfg.crop)),
          f"slab = {cfg.slab} is not tiled by crops of {cfg.crop}"),
+        (cfg.tokens in ("body", "inside"), f"tokens = {cfg.tokens!r}, expected 'body' or 'inside'"),
+        (cfg.negatives in ("step", "queue", "both"),
+         f"negatives = {cfg.negatives!r}, expected 'step', 'queue' or 'both'"),
+        (cfg.negatives != "step" or cfg.weights[0] == 0 or cfg.batch > 1 or cfg.slab != cfg.crop,
+         "negatives = 'step', but a batch of one crop has no other; give a larger batch or slab, or 'queue'"),
         (cfg.queue >= cfg.batch, f"queue = {cfg.queue} is shorter than one batch of {cfg.batch}"),
         (cfg.temperature > 0 and cfg.global_temperature > 0, "temperatures must be above 0"),
         (0 <= cfg.momentum <= 1, f"momentum = {cfg.momentum}, expected 0 to 1"),
@@ -171,12 +242,25 @@ def check(cfg, ranks):
 
 
 def assemble(samples, token_grid, patch):
-    """A batch with its true matches: pairs (m, 3) of Eq. 2-3 among the tokens that lie inside the scan."""
+    """A batch with its true matches: pairs (m, 3) of Eq. 2-3 among the tokens that take part."""
     batch = data.collate(samples)
-    valid, valid_ = data.tokens_inside(batch, token_grid, patch)
     pairs = data.matches(batch["H"], token_grid, patch)
     b, i, j = pairs.T
-    return batch | {"valid": valid, "valid_": valid_, "pairs": pairs[valid[b, i] & valid_[b, j]]}
+    return batch | {"pairs": pairs[batch["valid"][b, i] & batch["valid_"][b, j]]}
+
+
+def check_fill(scans, cfg):
+    """Refuse a slab that the scans hardly fill: a run on padding would learn nothing, and not say so."""
+    shapes, slab = np.array([scan.shape for scan in scans]), np.array(cfg.slab)
+    share = (np.minimum(shapes, slab) / slab).prod(axis=1).mean()
+    if share < cfg.fill_share:
+        median = np.median(shapes, axis=0)
+        crop = tuple(c if m >= 0.75 * c else 64 for c, m in zip(cfg.crop, median))
+        fits = tuple(max(1, round(m / c)) * c for c, m in zip(crop, median))
+        sizes = " x ".join(f"{m:.0f}" for m in median)
+        raise SystemExit(f"slab = {cfg.slab}: the scans, of median {sizes} voxels, fill {share:.0%} of it, "
+                         f"the rest is padding; fill_share asks for {cfg.fill_share:.0%}. Set slab = {fits} "
+                         f"and crop = {crop}, or a smaller `spacing`")
 
 
 def open_scans(cfg, ranks, local, folder, first, say):
@@ -188,6 +272,7 @@ def open_scans(cfg, ranks, local, folder, first, say):
     channels = scans[0].record["channels"]
     if channels != cfg.in_channels:
         raise SystemExit(f"the scans have {channels} channels, in_channels = {cfg.in_channels}")
+    check_fill(scans, cfg)
     return scans, device
 
 
@@ -217,13 +302,15 @@ def restore(state, student, teacher, optimizer, queue):
     teacher.load_state_dict(state["teacher"])
     optimizer.load_state_dict(state["optimizer"])
     queue.keys.copy_(state["queue"])
+    queue.subjects.copy_(state["queue_subjects"])
     queue.count = state["queue_count"]
 
 
 def save_state(path, student, teacher, optimizer, queue, cfg, step):
     """last.pt: what restore and run.resume read, and what model.load_weights asks of an encoder."""
     state = dict(student=student.state_dict(), teacher=teacher.state_dict(), optimizer=optimizer.state_dict(),
-                 queue=queue.keys, queue_count=queue.count, step=step, config=dataclasses.asdict(cfg))
+                 queue=queue.keys, queue_subjects=queue.subjects, queue_count=queue.count, step=step,
+                 config=dataclasses.asdict(cfg))
     run.save(path, state | dict(format="s2dc/pretrain", arguments=student.encoder.arguments,
                                 preprocessing=data.preprocessing(cfg)))
 
@@ -267,6 +354,7 @@ def average(sums, counted, ranks):
 
 def report(line):
     return (f"step {line['step']:6d}  loss {line['loss']:.4f}  L_g {line['global']:.4f}  "
+            f"top-1 {line['top1']:.2f} (chance {line['top1_chance']:.2f})  "
             f"L_p2p {line['p2p']:.4f}  L_p2s {line['p2s']:.4f}  matches/token {line['matches']:.2f}  "
             f"accuracy {line['accuracy']:.3f}  spread {line['spread']:.3f}  lr {line['lr']:.2e}  "
             f"grad {line['grad_norm']:.2f}  {line['slabs_per_s']:.2f} slabs/s  "
@@ -294,8 +382,8 @@ def main(argv):
     bf16 = cfg.bf16 and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     crop_grid = tuple(s // c for s, c in zip(cfg.slab, cfg.crop))
     token_grid = tuple(s // cfg.token_patch for s in cfg.slab)
-    crop, strides = torch.tensor([cfg.crop, (crop_grid[1] * crop_grid[2], crop_grid[2], 1)], device=device)
-    batches = run.batches(data.Slabs(scans, cfg, cfg.batch, cfg.seed), cfg, rank, ranks, first,
+    slabs = data.Slabs(scans, cfg, cfg.batch, cfg.seed)
+    batches = run.batches(slabs, cfg, rank, ranks, first,
                           functools.partial(assemble, token_grid=token_grid, patch=cfg.token_patch))
     origin = run.versions()
     say(f"{ranks} x {origin['device']}, {'bfloat16' if bf16 else 'float32'}, "
@@ -308,42 +396,44 @@ def main(argv):
     for step in range(first, cfg.steps):
         for group in optimizer.param_groups:
             group["lr"] = run.lr_at(step, cfg)
-        new_keys, terms, cases = [], {}, []
-        for a in range(cfg.accumulate):
+        passes, keys, terms = [], [], {}
+        for _ in range(cfg.accumulate):     # the teacher first: all its keys are L_g's negatives
             start = time.time()
             batch = next(batches)
             waited += time.time() - start
-            cases += batch["id"]
-            batch = {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-                     for key, value in batch.items()}
-            with torch.no_grad():
-                V, V_, twin = data.views(batch, cfg)    # V' is made from the tissue around the slab
-            chosen = (batch["crop"] // crop * strides).sum(1)       # number of the crop that begins there
+            batch, V, tokens_, new = taught(batch, teacher, cfg, device, bf16)  # (b, t, e), (b, n + 1, e)
+            keys.append(new)
+            passes.append((batch, V, tokens_, new[:, -1]))
+        keys = gathered(torch.cat(keys), ranks)                     # (batch, n + 1, e)
+        subjects = slabs.subjects(step).to(device)                  # (batch,)
+        for a, (batch, V, tokens_, key) in enumerate(passes):
+            chosen, b = batch["chosen"], torch.arange(len(V), device=device)
+            keep = crops_seen(batch["valid"], cfg).index_put((b, chosen), batch["valid"].new_ones(()))
             model.require_backward_grad_sync = a == cfg.accumulate - 1  # gradients travel once
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                tokens, query = model(V, chosen)                    # (b, t, e), (b, e)
-                with torch.no_grad():
-                    tokens_, key = teacher(V_, twin=twin)           # (b, t, e), (b, e)
+                tokens, embeddings = model(V, keep)                 # (b, t, e), (b, n, e)
+            query, places = embeddings[b, chosen], (rank * cfg.accumulate + a) * len(V) + b
+            now = others_of_step(keys, subjects, places, batch["apart"])
+            negatives, allowed = negatives_of(cfg, *now, queue, subjects[places])       # (K, e), (b, K)
             out = losses.s2dc_loss(
-                tokens, tokens_, batch["pairs"], query, key, queue.filled(), weights=cfg.weights,
+                tokens, tokens_, batch["pairs"], query, key, negatives, allowed=allowed, weights=cfg.weights,
                 matching=cfg.matching, temperature=cfg.temperature, global_temperature=cfg.global_temperature,
                 form=cfg.structure, detach=cfg.structure_detach, valid=batch["valid"], valid_=batch["valid_"],
                 bin_score=getattr(student, "bin_score", None), iterations=cfg.sinkhorn_iterations)
             (out["loss"] / cfg.accumulate).backward()
-            new_keys.append(nn.functional.normalize(key.float(), dim=-1))
+            out |= losses.recognition(query, key, now[0], cfg.global_temperature, now[1])
             for name, value in out.items():
                 terms[name] = terms.get(name, 0) + value.detach() / cfg.accumulate
         norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip)
         if not torch.isfinite(norm + terms["loss"]):    # nothing of this step reaches the weights or the disk
             values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+            cases = ", ".join(case for batch, *_ in passes for case in batch["id"])
             raise SystemExit(f"step {step}: not finite ({values}, gradient norm {norm.item():.4g}); "
-                             f"cases: {', '.join(cases)}; {run.last_good(folder)}")
+                             f"cases: {cases}; {run.last_good(folder)}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for slow, fast in zip(teacher.parameters(), student.parameters()):
-                slow.lerp_(fast, 1 - cfg.momentum)
-        queue.push(gathered(torch.cat(new_keys), ranks))
+        follow(teacher, student, cfg.momentum)
+        queue.push(keys[:, -1], subjects)
         for name, value in (terms | {"grad_norm": norm}).items():
             sums[name] = sums.get(name, 0) + value.float()
         counted += 1

@@ -5,6 +5,7 @@
 scikit-learn is imported where it is used. Axes: c channel, x y z voxels, i j k or t tokens, d features.
 """
 import dataclasses
+import functools
 import itertools
 import sys
 from pathlib import Path
@@ -130,13 +131,52 @@ def correspondence_accuracy(encoder, scans, cfg, device):
     p, grid = cfg.token_patch, tuple(s // cfg.token_patch for s in cfg.slab)
     for n, scan in enumerate(scans):
         batch = data.collate([slabs.sample(scan, np.random.default_rng((cfg.seed, n)))])
-        valid, valid_ = data.tokens_inside(batch, grid, p)
+        valid, valid_ = batch["valid"], batch["valid_"]
         _, i, j = data.matches(batch["H"], grid, p).T
         maps = [encode(encoder, view[0], cfg.crop, p, device) for view in data.views(batch, cfg)[:2]]
         q, k = (rearrange(features, "c i j k -> 1 (i j k) c") for features in maps)
         sim = losses.similarity(q, k)[0].masked_fill(~valid_, -2)
         found += (sim.argmax(1)[i] == j)[valid[0, i] & valid_[0, j]].tolist()
     return sum(found) / max(len(found), 1)
+
+
+@torch.no_grad()
+def crop_recognition(student, teacher, scans, cfg, device, crops=64):
+    """losses.recognition of `crops` crops of these scans among each other's twins, all of one teacher: a
+    measure of L_g that the teacher's drift cannot meet. student, teacher: volume (1, c, x, y, z) -> (1, e)."""
+    slabs, found = data.Slabs(scans, cfg, 1, cfg.seed), []
+    for n in range(crops):
+        batch = data.collate([slabs.sample(scans[n % len(scans)], np.random.default_rng((cfg.seed, 3, n)))])
+        V, _, twin = data.views(batch, cfg)
+        x, y, z = (slice(s, s + c) for s, c in zip(batch["crop"][0].tolist(), cfg.crop))
+        found.append([student(V[:, :, x, y, z].to(device)), teacher(twin.to(device))])
+    query, key = (torch.cat(each).cpu() for each in zip(*found))
+    others = ~torch.eye(crops, dtype=torch.bool)
+    measured = losses.recognition(query, key, key, cfg.global_temperature, others)
+    return {name: value.item() for name, value in measured.items()}
+
+
+def load_heads(path, cfg, device):
+    """Student and teacher of a last.pt, each volume -> embedding of L_g; None of a file without projectors."""
+    content = {} if path == "random" else read_file(path)
+    if content.get("format") != "s2dc/pretrain":
+        return None
+    networks = []
+    for part in ("student", "teacher"):
+        network = pretrain.Network(cfg)
+        network.load_state_dict(content[part])
+        networks.append(network.to(device).eval())
+    return [functools.partial(_embedding, network) for network in networks]
+
+
+def _embedding(network, volume):
+    """(1, e) of a crop (1, c, x, y, z)."""
+    return network(volume, torch.ones(1, 1, dtype=torch.bool, device=volume.device))[1][:, 0]
+
+
+def _pooled(encoder, volume):
+    """(1, 16 f): the last map's mean, what the projector of L_g sees."""
+    return encoder(volume)[-1].mean((2, 3, 4))
 
 
 def token_labels(label_map, patch, share=0.15):
@@ -260,7 +300,7 @@ def measure(cfg, device):
     if cfg.probe_random:
         files = ["random", *files]
     rows = [["encoder", "linear probe", "k-NN", "silhouette cos", "silhouette eucl", "effective rank",
-             "correspondence"]]
+             "correspondence", "crop top-1", "L_g top-1", "L_g"]]
     for path in dict.fromkeys(files):                               # each once
         encoder = load_encoder(path, cfg, device)
         x, y, n = organ_tokens(encoder, scans, cfg, device)
@@ -268,14 +308,23 @@ def measure(cfg, device):
         linear, near = (score(*sets, cfg.seed, cfg.probe_limit) for score in (linear_probe, knn_probe))
         cosine, euclidean = (silhouette(*sets[2:], metric) for metric in ("cosine", "euclidean"))
         rank, found = effective_rank(sets[2]), correspondence_accuracy(encoder, scans[first:], cfg, device)
+        pooled = functools.partial(_pooled, encoder)
+        crops = crop_recognition(pooled, pooled, scans[first:], cfg, device)
+        heads = load_heads(path, cfg, device)
+        L_g = crop_recognition(*heads, scans[first:], cfg, device) if heads else {}
         results[path] = dict(linear=linear, knn=near, silhouette_cosine=cosine,
                              silhouette_euclidean=euclidean, effective_rank=rank, correspondence=found,
-                             tokens=[len(sets[0]), len(sets[2])])
-        values = linear["balanced_accuracy"], near["balanced_accuracy"], cosine[0], euclidean[0], rank, found
-        rows.append([path, *[f"{value:.3f}" for value in values]])
+                             crops=crops, L_g=L_g, tokens=[len(sets[0]), len(sets[2])])
+        values = [linear["balanced_accuracy"], near["balanced_accuracy"], cosine[0], euclidean[0], rank, found,
+                  crops["top1"], L_g.get("top1"), L_g.get("nce")]
+        rows.append([path, *["-" if value is None else f"{value:.3f}" for value in values]])
     print(evaluate.text_table(rows))
-    print("(linear probe and k-NN: balanced accuracy over organs, 1 all right; silhouette: 1 apart, 0 mixed; "
-          "correspondence: share of tokens found again after the config's moves)")
+    classes = len(np.unique(y))
+    print("(linear probe and k-NN: balanced accuracy over organs, 1 all right, chance "
+          f"{1 / classes:.3f}; silhouette: 1 apart, 0 mixed; correspondence: share of tokens found again after "
+          f"the config's moves; top-1: share of 64 crops whose twin is the most similar of all 64, chance "
+          f"{crops['top1_chance']:.3f}, by the encoder's pooled features or by L_g's embeddings (of a last.pt), "
+          f"and Eq. 1 among them, chance {crops['nce_chance']:.2f})")
     return results
 
 

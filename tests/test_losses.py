@@ -21,6 +21,7 @@ from losses import (
     masked_l1_l2,
     patch_to_patch,
     patch_to_structure,
+    recognition,
     reconstruction_loss,
     s2dc_loss,
     sharpe_ratio,
@@ -167,6 +168,28 @@ def test_info_nce_value_and_gradient():
     assert_close(value, loop_info_nce(q, k, n, 0.2))
     assert_close(query.grad, slope(lambda x: loop_info_nce(x, k, n, 0.2), q), 1e-7)
     assert_close(key.grad, slope(lambda x: loop_info_nce(q, x, n, 0.2), k), 1e-7)
+
+
+def test_info_nce_among_allowed_negatives():
+    query, key, queue = normal(3, 5), normal(3, 5, seed=1), normal(6, 5, seed=2)
+    allowed = torch.tensor([[1, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
+    each = [loop_info_nce(query[b:b + 1].numpy(), key[b:b + 1].numpy(), queue[allowed[b]].numpy(), 0.2) for b in range(3)]
+    assert_close(info_nce(query, key, queue, 0.2, allowed), np.mean(each))
+    assert each[1] == 0                                             # nothing to be taken for
+
+
+def test_recognition_counts_the_twins_that_nothing_beats():
+    query, key, queue = normal(8, 5), normal(8, 5, seed=1), normal(6, 5, seed=2)
+    allowed = normal(8, 6, seed=3) > 0
+    wins = [all(cosine(q, k) > cosine(q, n) for n, a in zip(queue.numpy(), mine) if a)
+            for q, k, mine in zip(query.numpy(), key.numpy(), allowed)]
+    others = allowed.sum(dim=1).numpy()
+    found = recognition(query, key, queue, 0.2, allowed)
+    assert 0 < np.mean(wins) < 1 and found["top1"] == np.mean(wins)
+    assert_close(found["nce"], info_nce(query, key, queue, 0.2, allowed))
+    chance = np.mean(1 / (1 + others)), np.mean(np.log(1 + others))
+    assert [found[name].item() for name in ("top1_chance", "nce_chance")] == pytest.approx(chance, rel=1e-6)
+    assert recognition(query, queue[:1].expand(8, 5), queue, 0.2)["top1"] == 0      # a tie is no recognition
 
 
 def test_info_nce_limits():

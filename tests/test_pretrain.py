@@ -6,6 +6,7 @@ one voxel on the kink of a leaky ReLU can turn a rounding of 1e-7 into 4 % of th
 import collections
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -274,9 +275,11 @@ def test_gradient_of_a_batch_is_the_mean_of_its_halves(place, v2):
 
     def gradient(which):
         student.zero_grad()
-        tokens, query = student(V[which], torch.zeros(len(which), dtype=torch.long))
+        keep = torch.ones(len(which), 1, dtype=torch.bool)
+        tokens, embeddings = student(V[which], keep)
         with torch.no_grad():
-            tokens_, key = student(V_[which], twin=twin[which])
+            tokens_, keys = student(V_[which], keep, twin[which])
+        query, key = embeddings[:, 0], keys[:, -1]
         mine = torch.cat([pairs[pairs[:, 0] == b] * torch.tensor([0, 1, 1]) + torch.tensor([k, 0, 0])
                           for k, b in enumerate(which)])
         losses.s2dc_loss(tokens, tokens_, mine, query, key, negatives)["loss"].backward()
@@ -434,7 +437,8 @@ def test_stored_configuration_is_a_config_file_and_the_log_says_where(place, ten
     network = pretrain.Network(cfg)
     count = sum(p.numel() for p in network.parameters())
     assert f"student {count / 1e6:.2f} M" in said
-    wanted = {"step", *TERMS, "matches", "accuracy", "spread", "lr", "grad_norm", *TIMES}
+    wanted = {"step", *TERMS, "matches", "accuracy", "spread", "top1", "top1_chance", "nce", "nce_chance", "lr", "grad_norm",
+              *TIMES}
     assert all(set(line) == wanted for line in log(run)[1])
 
 
@@ -443,15 +447,17 @@ def test_stored_configuration_is_a_config_file_and_the_log_says_where(place, ten
 
 def test_queue_overwrites_the_oldest_first():
     queue, ring = pretrain.Queue(7, 2, "cpu"), collections.deque(maxlen=7)
-    assert queue.filled().shape == (0, 2)
+    assert queue.filled()[0].shape == (0, 2)
     for start in range(0, 30, 3):
         keys = torch.arange(start, start + 3).float()[:, None] * torch.tensor([1.0, -1.0])
-        queue.push(keys)
+        queue.push(keys, torch.arange(start, start + 3) + 100)
         ring.extend(keys[:, 0].tolist())
         assert queue.count == start + 3
-        assert sorted(queue.filled()[:, 0].tolist()) == list(ring)
-        assert queue.filled()[(start + 2) % 7].tolist() == [start + 2, -start - 2]
-    assert queue.filled().data_ptr() == queue.keys.data_ptr()
+        found, subjects = queue.filled()
+        assert sorted(found[:, 0].tolist()) == list(ring)
+        assert found[(start + 2) % 7].tolist() == [start + 2, -start - 2]
+        assert torch.equal(subjects, found[:, 0].long() + 100)
+    assert queue.filled()[0].data_ptr() == queue.keys.data_ptr()
 
 
 def grid_tokens(network, volume, cfg):
@@ -470,32 +476,122 @@ def pooled(network, crop):
     return network.global_head(network.encoder(crop)[-1].mean(dim=(2, 3, 4)))
 
 
+def test_crops_without_body_pass_neither_network_and_change_nothing(place):
+    """In double precision: loss and gradient of a slab of two crops, one of air, as if the air had been encoded."""
+    cfg = config(place, slab=(128, 64, 64), v2=False)
+    generator = torch.Generator().manual_seed(0)
+    V, V_ = torch.rand(2, 2, 1, 128, 64, 64, generator=generator, dtype=torch.float64)
+    twin = torch.rand(2, 1, 64, 64, 64, generator=generator, dtype=torch.float64)
+    valid = torch.ones(2, 16, 8, 8, dtype=torch.bool)
+    valid[:, 8:] = False
+    valid[1, 9, 3, 3] = True                                        # one token of the other slab's second crop
+    valid, pairs = valid.flatten(1), torch.tensor([[b, i, (i + 3) % 512] for b in (0, 1) for i in range(300)])
+    torch.manual_seed(0)
+    student, passed = pretrain.Network(cfg).double(), []
+    student.encoder.register_forward_pre_hook(lambda _, inputs: passed.append(len(inputs[0])))
+
+    def step(keep):
+        student.zero_grad()
+        with torch.no_grad():
+            tokens_, keys = student(V_, keep, twin)
+        tokens, embeddings = student(V, keep)
+        negatives, allowed = pretrain.others_of_step(keys, torch.tensor([4, 7]), torch.tensor([0, 1]),
+                                                     torch.tensor([[False, False], [True, False]]))
+        loss = losses.s2dc_loss(tokens, tokens_, pairs, embeddings[:, 0], keys[:, -1], negatives, allowed=allowed,
+                                valid=valid, valid_=valid)["loss"]
+        loss.backward()
+        return loss, torch.cat([p.grad.flatten() for p in student.parameters()]), allowed
+
+    keep = pretrain.crops_seen(valid, cfg)
+    assert keep.tolist() == [[True, False], [True, True]]
+    loss, gradient, allowed = step(keep)
+    assert passed == [5, 3] and allowed.tolist() == [[False, False, False, True, True, True], [True, False, True, True, False, False]]
+    allowed_before = allowed.clone()
+    everything = torch.ones_like(keep)
+    student_keys = pretrain.others_of_step
+
+    def without_the_air(keys, *others):                             # its key is no negative in either case
+        negatives, allowed = student_keys(keys, *others)
+        return negatives, allowed & allowed_before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "others_of_step", without_the_air)
+        loss_all, gradient_all, _ = step(everything)
+    assert passed[2:] == [6, 4]
+    torch.testing.assert_close(loss, loss_all, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, gradient_all, rtol=1e-9, atol=1e-12)
+    assert pretrain.crops_seen(valid, dataclasses.replace(cfg, compile=True)).all()
+
+
+def test_a_slab_that_the_scans_hardly_fill_is_refused(place):
+    text = ends(within, place, argv(place, name="empty", slab=(384, 384, 96), crop=(96, 96, 96)))
+    assert text.startswith("slab = (384, 384, 96): the scans, of median 60 x ") and "fill_share asks for 30%" in text
+    assert "Set slab = (64, 64, 64) and crop = (64, 64, 64)" in text and not (place / "runs/empty").exists()
+
+
 @pytest.mark.parametrize("patch", [8, 16])
 def test_tokens_of_all_crops_land_on_the_one_grid_of_the_slab(place, patch):
     cfg = config(place, slab=(128, 64, 192), crop=(64, 64, 96), token_patch=patch)
     torch.manual_seed(1)
     network = pretrain.Network(cfg).requires_grad_(False)
     slab, twin = torch.rand(2, 1, 128, 64, 192), torch.rand(2, 1, 64, 64, 96)
-    tokens, query = network(slab, torch.tensor([1, 2]))             # crops 0 1 2 3 start at x z = 0 0, 0 96, 64 0, 64 96
-    same, key = network(slab, twin=twin)
-    assert torch.equal(tokens, same)
-    torch.testing.assert_close(tokens, torch.cat([grid_tokens(network, v[None], cfg) for v in slab]), rtol=0, atol=1e-5)
-    torch.testing.assert_close(query[0:1], pooled(network, slab[0:1, :, :64, :, 96:]), rtol=0, atol=1e-5)
-    torch.testing.assert_close(query[1:2], pooled(network, slab[1:2, :, 64:, :, :96]), rtol=0, atol=1e-5)
-    torch.testing.assert_close(key, pooled(network, twin), rtol=0, atol=1e-5)
-    assert (query[0] - query[1]).abs().min() > 1e-3 and (tokens[0, 0] - tokens[0, 1]).abs().max() > 1e-3
+    keep = torch.tensor([[True] * 4, [True, False, True, True]])    # crops 0 1 2 3 start at x z = 0 0, 0 96, 64 0, 64 96
+    tokens, embeddings = network(slab, keep)
+    same, with_twin = network(slab, keep, twin)
+    close = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-5)
+    close(tokens, same)
+    by_hand = torch.cat([grid_tokens(network, v[None], cfg) for v in slab])
+    x, _, z = torch.meshgrid(*[torch.arange(s // patch) for s in cfg.slab], indexing="ij")
+    skipped = ((x < 64 // patch) & (z >= 96 // patch)).flatten()
+    by_hand[1, skipped] = 0
+    close(tokens, by_hand)
+    close(embeddings[0:1, 1], pooled(network, slab[0:1, :, :64, :, 96:]))
+    close(embeddings[1:2, 2], pooled(network, slab[1:2, :, 64:, :, :96]))
+    assert (embeddings[1, 1] == 0).all()
+    close(with_twin[:, :4], embeddings)
+    close(with_twin[:, 4], pooled(network, twin))
+    assert (embeddings[0, 1] - embeddings[1, 2]).abs().min() > 1e-3 and (tokens[0, 0] - tokens[0, 1]).abs().max() > 1e-3
 
 
-def written_out(cfg, student, teacher, batch, queue):
+def corners(cfg):
+    """First voxels of a slab's crops, in their order."""
+    return list(itertools.product(*(range(0, s, c) for s, c in zip(cfg.slab, cfg.crop))))
+
+
+def cropped(volume, corner, cfg):
+    x, y, z = (slice(a, a + c) for a, c in zip(corner, cfg.crop))
+    return volume[:, :, x, y, z]
+
+
+def others(cfg, teacher, batch, V_, keys, b, ring):
+    """(K, e): what slab b of the batch is told from, one key after the other. ring: pairs of earlier keys and their scans."""
+    grid, rows = [s // cfg.token_patch for s in cfg.slab], []
+    valid_ = batch["valid_"].reshape(len(V_), *grid)
+    for m in range(len(V_)):
+        for n, corner in enumerate(corners(cfg)):
+            i, j, k = (slice(a // cfg.token_patch, (a + c) // cfg.token_patch) for a, c in zip(corner, cfg.crop))
+            usable = batch["id"][m] != batch["id"][b] or (m == b and batch["apart"][b, n])
+            if usable and valid_[m, i, j, k].any():
+                rows.append(pooled(teacher, cropped(V_[m:m + 1], corner, cfg))[0])
+        if batch["id"][m] != batch["id"][b]:
+            rows.append(keys[m])
+    now = rows if cfg.negatives in ("step", "both") else []
+    old = [key for key, scan in ring if scan != batch["id"][b]] if cfg.negatives in ("queue", "both") else []
+    return torch.stack([*now, *old]) if now or old else torch.zeros(0, cfg.embedding)
+
+
+def written_out(cfg, student, teacher, batch, ring):
     """(3,) L_g, L_p2p, L_p2s of Eq. 1, 5 and 8, and the keys (b, e): one slab, one crop, one equation after the other."""
     V, V_, twin = data.views(batch, cfg)
     grid = [s // cfg.token_patch for s in cfg.slab]
-    inside = data.tokens_inside(batch, grid, cfg.token_patch)
-    terms, keys = [], []
+    inside = batch["valid"], batch["valid_"]
+    with torch.no_grad():
+        keys = torch.cat([pooled(teacher, moved[None]) for moved in twin])
+    terms = []
     for b in range(len(V)):
         x, y, z = batch["crop"][b].tolist()
         with torch.no_grad():
-            tokens_, key = grid_tokens(teacher, V_[b:b + 1], cfg), pooled(teacher, twin[b:b + 1])
+            tokens_, key = grid_tokens(teacher, V_[b:b + 1], cfg), keys[b:b + 1]
+            queue = others(cfg, teacher, batch, V_, keys, b, ring)
         query = pooled(student, V[b:b + 1, :, x:x + cfg.crop[0], y:y + cfg.crop[1], z:z + cfg.crop[2]])
         sim = losses.similarity(grid_tokens(student, V[b:b + 1], cfg), tokens_)
         M_gt = data.correspondence(batch["H"][b:b + 1], grid, cfg.token_patch)
@@ -507,8 +603,7 @@ def written_out(cfg, student, teacher, batch, queue):
         terms.append(torch.stack([
             losses.info_nce(query, key, queue, cfg.global_temperature), losses.patch_to_patch(M_hat, M_gt),
             losses.patch_to_structure(M_hat, M_gt, sim, cfg.structure, cfg.structure_detach, valid=valid, valid_=valid_)]))
-        keys.append(key / key.norm())
-    return torch.stack(terms).mean(dim=0), torch.cat(keys)
+    return torch.stack(terms).mean(dim=0), [(key / key.norm(), scan) for key, scan in zip(keys, batch["id"])]
 
 
 def test_four_steps_equal_the_same_written_out(place):
@@ -522,7 +617,7 @@ def test_four_steps_equal_the_same_written_out(place):
     student = pretrain.Network(cfg)
     teacher = copy.deepcopy(student)
     first, second = ([torch.zeros_like(p) for p in student.parameters()] for _ in range(2))
-    ring, norms = torch.zeros(0, cfg.embedding), []
+    ring, norms = [], []
     for step, rate in enumerate((1e-3, 2e-3, 2e-3, 1.5e-3)):
         terms, new = written_out(cfg, student, teacher, batch_of(place, cfg, step), ring)
         loss = 0.5 * terms[0] + terms[1] + 2 * terms[2]
@@ -545,9 +640,10 @@ def test_four_steps_equal_the_same_written_out(place):
                 p.sub_(rate * m / (1 - 0.9 ** (step + 1)) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8))
                 slow.copy_(0.9 * slow + 0.1 * p)
         assert norm > 0.7
-        ring = torch.cat([ring, new])[-5:]
+        ring = [*ring, *new][-5:]
     assert last(run)["queue_count"] == 8                            # slots 5 6 7 3 4 hold keys 5 6 7 3 4
-    torch.testing.assert_close(last(run)["queue"], ring[[2, 3, 4, 0, 1]], rtol=0, atol=2e-2)
+    expected = torch.stack([ring[k][0] for k in (2, 3, 4, 0, 1)])
+    torch.testing.assert_close(last(run)["queue"], expected, rtol=0, atol=2e-2)
     # the weights after one step, wherever the gradient is more than rounding
     state, clear = last(alone(place, **keys | dict(name="one_by_hand", steps=1, warmup=1))), 0
     for name, _, _, g in first_step:
@@ -560,7 +656,7 @@ def test_four_steps_equal_the_same_written_out(place):
     assert clear > 2000
 
 
-ABLATIONS = [dict(weights=(1, 0, 0)), dict(weights=(0, 1, 0)), dict(matching="sinkhorn", sinkhorn_iterations=10),
+ABLATIONS = [dict(weights=(1, 0, 0)), dict(negatives="queue"), dict(negatives="step", tokens="inside"), dict(weights=(0, 1, 0)), dict(matching="sinkhorn", sinkhorn_iterations=10),
              dict(structure="printed"), dict(structure="mean"), dict(structure="released"), dict(token_patch=16)]
 
 
@@ -572,7 +668,7 @@ def test_ablations_are_switches(place, keys):
     torch.manual_seed(cfg.seed)
     before = pretrain.Network(cfg)
     with torch.no_grad():
-        terms, _ = written_out(cfg, before, copy.deepcopy(before), batch_of(place, cfg, 0), torch.zeros(0, cfg.embedding))
+        terms, _ = written_out(cfg, before, copy.deepcopy(before), batch_of(place, cfg, 0), [])
     line = log(run)[1][0]
     expected = [sum(w * t for w, t in zip(cfg.weights, terms.tolist())), *terms.tolist()]
     assert [line[key] for key in TERMS] == pytest.approx(expected, rel=1e-4, abs=1e-6)
