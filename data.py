@@ -40,7 +40,7 @@ import configs
 class Config:
     """Keys of files and preprocessing; each script adds its own. Sources: paper, released code, ours."""
     # where the files are
-    data: str = "data"              # root of all patterns; the environment variable S2DC_DATA goes before it
+    data: str = "data"              # root of all patterns, or S2DC_DATA; --data goes before that
     scans: str | tuple = ()         # pre-training: glob patterns, one or several data sets, a scan a file
     image: str | tuple = ()         # or with fields, "imagesTr/img{id}.nii.gz"; several: a case's channels
     label: str = ""                 # pattern with the same fields, an integer class map
@@ -56,7 +56,7 @@ class Config:
     dataset: str = "scans"          # first part of the cache folder's name
     intensity: str = "window"       # "window" clips (CT), "scale" does not: [0, 1]; "zscore": MRI, PET
     window: tuple = (-1000.0, 1000.0)   # HU or the file's unit; released code (fine-tuning, BTCV: -175, 250)
-    zscore_over: str = "foreground" # "foreground" or "volume"; released code: the volume, zeros included
+    zscore_over: str = "foreground" # or "volume" (released code); "robust": 0.5th to 99.5th percentile of it
     foreground: float = -500.0      # above it (file's unit) is foreground; ours for CT (released code: -1000)
     crop_foreground: bool = True    # cut to the bounding box of the foreground; released code
     spacing: tuple = ()             # mm per voxel along x y z, () keeps each scan's own; released code: own
@@ -154,7 +154,10 @@ def _read_nifti(path):
     if kind.names or kind.kind == "c":
         raise VolumeError(f"{path}: voxels are {'RGB' if kind.names else 'complex'} ({kind}), "
                           "expected one real number per voxel")
-    shape = _check_header(path, image.shape, image.affine)
+    unit = image.header.get_xyzt_units()[0]
+    to_mm = {"meter": 1000.0, "micron": 0.001}.get(unit, 1.0)
+    affine = np.diag([to_mm, to_mm, to_mm, 1.0]) @ image.affine
+    shape = _check_header(path, image.shape, affine)
     start = int(image.dataobj.offset)
     if start < 0:
         raise VolumeError(f"{path}: the voxels begin at byte {start} by the header, expected 0 or more")
@@ -166,20 +169,21 @@ def _read_nifti(path):
     # nibabel stops at the last voxel, before the gzip checksum: read the stream to its end ourselves
     try:
         with (gzip.open if packed else open)(path, "rb") as stream:
-            content = bytearray()                                   # grows with what is there, not as claimed
+            content, there = bytearray(), 0                         # grows with what is there, not as claimed
             while piece := stream.read(1 << 22):
                 content += piece[:claimed - len(content)]
+                there += len(piece)
     except (EOFError, OSError, zlib.error) as error:
         raise VolumeError(f"{path}: the file is damaged ({_one_line(error)})") from None
-    if len(content) < claimed:
+    if not claimed <= there < claimed + kind.itemsize:
         raise VolumeError(f"{path}: the header claims {claimed} bytes of header and voxels, "
-                          f"the file holds {len(content)}")
+                          f"the file holds {there}")
     voxels = np.frombuffer(content, kind, count, start).reshape(shape, order="F")
     slope, inter = image.dataobj.slope, image.dataobj.inter
     with np.errstate(over="ignore", invalid="ignore"):              # the caller refuses what overflows
         if (slope, inter) != (1, 0):
             voxels = voxels * float(slope) + float(inter)
-        return voxels.astype(np.float32), image.affine
+        return voxels.astype(np.float32), affine
 
 
 DICOM_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's world: left, back, head; NIfTI's: right, front, head
@@ -276,8 +280,8 @@ def _one_line(error):
 # ------------------------------------------------------------------------------------------------- find cases
 
 def root(cfg):
-    """Folder of the data: the environment variable S2DC_DATA, else cfg.data."""
-    return Path(os.environ.get("S2DC_DATA") or cfg.data)
+    """Folder of the data."""
+    return Path(cfg.data)
 
 
 def find_cases(cfg, section=None, base=None):
@@ -311,7 +315,15 @@ def find_cases(cfg, section=None, base=None):
         if not fnmatch.filter(seen, pattern):
             raise SystemExit(f"exclude names {pattern!r}, no case has that id; "
                              f"there are: {', '.join(list(seen)[:5])} ..")
-    return [case for case in cases if not any(fnmatch.fnmatch(case["id"], p) for p in several(cfg.exclude))]
+    kept = [case for case in cases if not any(fnmatch.fnmatch(case["id"], p) for p in several(cfg.exclude))]
+    lost = [(case, file) for case in kept for file in case.pop("lost", ())]
+    if lost:
+        lines = [f"{file}: no such file, expected beside {case['images'][0]}" for case, file in lost]
+        names = ", ".join(dict.fromkeys(repr(case["id"]) for case, _ in lost))
+        lines.append(f"{len(lines)} files are missing; add them, or leave their cases out: "
+                     f"exclude = ({names},)")
+        raise SystemExit("\n".join(lines))
+    return kept
 
 
 def several(value):
@@ -363,13 +375,12 @@ def _from_patterns(base, cfg):
             except KeyError as error:
                 raise SystemExit(f"pattern {pattern!r} has the field {error}, "
                                  f"the first image pattern {first!r} has not") from None
-            if not file.exists():
-                raise SystemExit(f"{file}: no such file, expected beside {path}")
             files.append(str(file))
         n = 1 + len(others)
         label = files.pop(n) if cfg.label else None
-        cases.append(dict(id=plain_id("_".join(fields.values()) or path.relative_to(base)), fields=fields,
-                          images=files[:n], label=label, targets=files[n:]))
+        case = dict(id=plain_id("_".join(fields.values()) or path.relative_to(base)), fields=fields,
+                    images=files[:n], label=label, targets=files[n:])
+        cases.append(case | dict(lost=[file for file in map(str, _files(case)) if not Path(file).exists()]))
     return cases
 
 
@@ -517,7 +528,8 @@ def label_ids(path, label, cfg):
         said = f"declared are 0 and {', '.join(str(v) for v in known if v)}"
     unknown = [str(v) for v in ids if v not in known]
     if unknown:
-        raise VolumeError(f"{path}: holds label ids {', '.join(unknown[:8])}; {said}")
+        hint = f" (or remap = {{{unknown[0]}: {known[1]}}})" if len(unknown) == 1 and len(known) == 2 else ""
+        raise VolumeError(f"{path}: holds label ids {', '.join(unknown[:8])}; {said}{hint}")
     for old, new in cfg.remap.items():
         if old in ids and new in ids and new not in cfg.remap:
             raise VolumeError(f"{path}: holds both id {old} and the id {new} that it would be renamed to; "
@@ -575,7 +587,7 @@ def stretch(volume, shape, order):
 
 def scale_intensity(volume, inside, cfg, path):
     """float16 copy: "window" clips to cfg.window and maps it to [0, 1], "scale" does not clip; "zscore" has
-    mean 0 and std 1 over the voxels `inside`, or all."""
+    mean 0 and std 1 over the voxels `inside`, or all, or those `inside` without their extremes."""
     if cfg.intensity in ("window", "scale"):
         low, high = cfg.window
         if not low < high:
@@ -584,12 +596,16 @@ def scale_intensity(volume, inside, cfg, path):
             volume = np.clip(volume, low, high)
         scaled = (volume - low) / (high - low)
     elif cfg.intensity == "zscore":
-        if cfg.zscore_over not in ("foreground", "volume"):
-            raise SystemExit(f"zscore_over = {cfg.zscore_over!r}, expected 'foreground' or 'volume'")
-        sample = volume[inside] if cfg.zscore_over == "foreground" else volume
+        if cfg.zscore_over not in ("foreground", "volume", "robust"):
+            raise SystemExit(f"zscore_over = {cfg.zscore_over!r}, "
+                             "expected 'foreground', 'volume' or 'robust'")
+        sample = volume if cfg.zscore_over == "volume" else volume[inside]
         if not sample.size:
             raise VolumeError(f"{path}: no voxel is above the foreground threshold {cfg.foreground:g}, "
                               f"the largest is {volume.max():g}")
+        if cfg.zscore_over == "robust":                             # no single voxel decides
+            least, most = np.percentile(sample, [0.5, 99.5])
+            sample = sample[(sample >= least) & (sample <= most)]
         mu, sigma = sample.mean(dtype=np.float64), sample.std(dtype=np.float64)
         if not sigma > 0:
             raise VolumeError(f"{path}: the foreground is constant ({mu:g}), a z-score would divide by zero")
@@ -631,11 +647,24 @@ def _files(case):
 
 
 def read_index(folder):
-    """{name: record} of the scans in a cache folder, {} of none."""
+    """{name: record} of the scans in a cache folder, {} of none, or where the index is damaged."""
     try:
-        return json.loads((folder / "index.json").read_text())["scans"]
+        scans = json.loads((folder / "index.json").read_text())["scans"]
+        return {name: record for name, record in scans.items() if isinstance(record["shape"], list)}
     except FileNotFoundError:
         return {}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        print(f"{folder / 'index.json'}: damaged, its scans are cached anew")
+        return {}
+
+
+def _is_whole(folder, name, record):
+    """Whether the image of a cached scan is there in full: somebody may have swept the folder."""
+    try:
+        voxels = record["channels"] * math.prod(record["shape"])
+        return (folder / f"{name}.image.npy").stat().st_size > 2 * voxels
+    except OSError:
+        return False
 
 
 def merge_index(folder, cfg, records):
@@ -686,7 +715,8 @@ def fill_cache(cases, cfg, say=print):
     folder = cache_folder(cfg)
     names = [cache_name(case) for case in cases]
     index, reasons = read_index(folder), {}
-    todo = {name: case for name, case in zip(names, cases) if name not in index}
+    todo = {name: case for name, case in zip(names, cases)
+            if name not in index or not _is_whole(folder, name, index[name])}
     if todo:
         need = sum(expected_bytes(case, cfg) for case in todo.values())
         parent = next(p for p in [folder, *folder.resolve().parents] if p.exists())
@@ -696,7 +726,10 @@ def fill_cache(cases, cfg, say=print):
         if need > 0.98 * free:
             raise SystemExit(f"{folder}: the cache needs up to {need / 1e9:.1f} GB, "
                              f"the disk has {free / 1e9:.1f} GB free")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(f"{folder}: cannot be made ({_one_line(error)}); give another --cache") from None
         for left in folder.glob("*.tmp"):                           # of a killed run; a live one is younger
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - left.stat().st_mtime > 3600:
@@ -782,16 +815,23 @@ class Scan:
 
     def open(self, key="image"):
         """(c, x, y, z) float16 for "image" and "target", (1, x, y, z) for "label"; nothing is read yet."""
-        array = np.load(f"{self.stem}.{key}.npy", mmap_mode="r")
+        array = self._load(key, mmap_mode="r")
         return rearrange(array, "z x y -> 1 x y z" if key == "label" else "c z x y -> c x y z")
+
+    def _load(self, key, **how):
+        try:
+            return np.load(f"{self.stem}.{key}.npy", **how)
+        except (OSError, ValueError) as error:
+            raise VolumeError(f"{self.stem}.{key}.npy: the cache was deleted or damaged; start again and it "
+                              f"is made anew (remove what is left of the file; {_one_line(error)})") from None
 
     def positions(self):
         """(m, 4) int32 rows (class, x, y, z) of `labelled_positions`."""
-        return np.load(f"{self.stem}.positions.npy", mmap_mode="r")
+        return self._load("positions", mmap_mode="r")
 
     def body(self):
         """(i, j, k) bool of `body_map`: 1/1024 of the image's bytes."""
-        return np.load(f"{self.stem}.body.npy")
+        return self._load("body")
 
     def cut(self, low, high, key="image", fill=None):
         """Voxels [low, high) along x y z, which may lie outside the scan: `fill` is there, one a channel."""
@@ -1188,7 +1228,24 @@ def summary(good):
     ids = collections.Counter(k for r in records for k in r.get("ids", ()))
     if ids:
         lines.append("label ids (scans): " + ", ".join(f"{k} ({n})" for k, n in sorted(ids.items())))
+    reach = np.array([r["range"][1] - r["range"][0] for r in records])
+    far = [case["id"] for (case, _, _), n in zip(good, reach) if not 0.1 < n / np.median(reach) < 10]
+    if far:
+        lines.append(f"ranges more than ten times wider or narrower than the others', {len(far)} scans: "
+                     f"{', '.join(far[:8])}; look at them, or give zscore_over = 'robust'")
     return "\n".join(lines)
+
+
+def filling(good, files):
+    """Lines on slabs and crops that the config files name and the scans hardly fill, else none."""
+    lines, shapes = [], np.array([record["shape"] for _, _, record in good])
+    for key in ("slab", "crop"):
+        size = {k: v for file in files for k, v in configs.read(file).items()}.get(key)
+        if size:
+            share = (np.minimum(shapes, size) / size).prod(1).mean()
+            if share < 0.5:
+                lines.append(f"{key} = {size}: the scans fill {share:.0%} of it, the rest will be padding")
+    return lines
 
 
 def main(argv):
@@ -1197,7 +1254,7 @@ def main(argv):
     print(f"{len(cases)} cases below {root(cfg)}")
     good, reasons = fill_cache(cases, cfg)
     if good:
-        print(summary(good))
+        print("\n".join([summary(good), *filling(good, [arg for arg in argv if not arg.startswith("--")])]))
         print(f"{len(good)} usable scans in {cache_folder(cfg)}")
     for reason in reasons:
         print(f"unusable  {reason}")
@@ -1207,4 +1264,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from there")
+        sys.exit(130)

@@ -11,7 +11,6 @@ import gzip
 import importlib
 import os
 import re
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -66,7 +65,8 @@ PLANES = (("axial", 2, 0, 1, "RLPA"), ("coronal", 1, 0, 2, "RLIS"), ("sagittal",
 def contact_sheet(path, image, truth, prediction, spacing, title, names):
     """One PNG per case: three planes through the largest object; above the scan alone, below with both on it.
 
-    image  (x, y, z) RAS+;   truth, prediction  (x, y, z) ids, 0 background;   spacing  (3,) mm
+    image  (x, y, z) RAS+;   truth, prediction  (x, y, z) ids, 0 background; truth None: not known
+    spacing  (3,) mm
     title  one line: case, scores;   names  {id: name} for the legend
 
     Filled: prediction.  Outlined in the same colour: truth.  So a fill without a line is false positive, a
@@ -75,6 +75,7 @@ def contact_sheet(path, image, truth, prediction, spacing, title, names):
     mm; grey values from the 1st to the 99th percentile of what is shown.
     """
     Figure = need("matplotlib.figure", "matplotlib").Figure         # not pyplot: no display, no global state
+    known, truth = truth is not None, prediction * 0 if truth is None else truth
     image, truth, prediction = (np.asarray(a) for a in (image, truth, prediction))
     if not image.shape == truth.shape == prediction.shape or image.ndim != 3:
         found = f"{image.shape}, {truth.shape}, {prediction.shape}"
@@ -104,7 +105,8 @@ def contact_sheet(path, image, truth, prediction, spacing, title, names):
             else:
                 _overlay(axes, true, predicted, shown)
             draw_letters(axes, letters)
-    _legend(figure, shown, names, truth.any(), prediction.any())
+    line = "line: truth" if truth.any() else "line: truth (empty)"
+    _legend(figure, shown, names, line if known else "truth: not known", prediction.any())
     figure.text(0.5, 0.08 / height, f"grey values {low:.4g} to {high:.4g}", ha="center", fontsize=8)
     figure.savefig(path, dpi=120)
 
@@ -188,12 +190,11 @@ def _overlay(axes, true, predicted, shown):
     axes.set(xlim=(-0.5, true.shape[1] - 0.5), ylim=(-0.5, true.shape[0] - 0.5))
 
 
-def _legend(figure, shown, names, has_truth, has_prediction):
+def _legend(figure, shown, names, line, has_prediction):
     """Number and name of every class in sight, and what fill and line mean."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
     fill = "fill: prediction" if has_prediction else "fill: prediction (empty)"
-    line = "line: truth" if has_truth else "line: truth (empty)"
     handles = [Patch(facecolor=colour_of(c), label=f"{c} {names[c]}") for c in shown]
     handles += [Patch(facecolor="0.7", label=fill), Line2D([], [], color="0.3", label=line)]
     figure.legend(handles=handles, loc="lower center", ncols=6, fontsize=9, frameon=False,
@@ -237,6 +238,7 @@ def write_prediction(folder, scan, ready, cfg):
         image.set_data_dtype(image.dataobj.dtype)
         image.header["descrip"], image.header["cal_min"], image.header["cal_max"] = b"", 0, 0
         image.header.set_slope_inter(1, 0)
+        image.header.set_xyzt_units("mm", image.header.get_xyzt_units()[1])     # as the affine is
         name = f"{scan.id}_{k}.nii.gz" if len(arrays) > 1 else f"{scan.id}.nii.gz"
         with configs.replacing(folder / name) as aside:
             aside.write_bytes(gzip.compress(image.to_bytes(), 1, mtime=0))
@@ -259,8 +261,10 @@ def draw_case(path, scan, ready, cfg):
     """The contact sheet of a case on the preprocessed grid."""
     image = scan.open()[0].astype(np.float32)
     if cfg.task == "segmentation":
-        truth = torch.from_numpy(scan.open("label")[0].astype(np.int64))
-        truth, ids = (painted(tasks.masks_of(each, cfg), cfg).numpy() for each in (truth, ready))
+        ids, truth = painted(tasks.masks_of(ready, cfg), cfg).numpy(), None
+        if scan.case["label"]:
+            known = torch.from_numpy(scan.open("label")[0].astype(np.int64))
+            truth = painted(tasks.masks_of(known, cfg), cfg).numpy()
         contact_sheet(path, image, truth, ids, scan.spacing, scan.id, cfg.labels)
     else:
         target = scan.open("target")[0].astype(np.float32)
@@ -332,21 +336,25 @@ def case_line(row):
 
 
 def compare(results, cfg):
-    """Paired difference of each checkpoint to the first, on the main score, case by case."""
+    """Paired difference of each checkpoint to the first, on the main score, case by case, in the unit of the
+    tables; of segmentation on the scans' own grid, which results are reported on."""
     grid, metric, part = tasks.TASKS[cfg.task].best
-    what, values = f"{metric} {part}", {}
+    if cfg.task == "segmentation":
+        grid = "original"
+    what, values = f"{metric} {part}, {grid} grid", {}
     for name, result in results.items():
         scores = [row["scores"][grid] for row in result["rows"]]
         if cfg.task == "classification":
-            what = "accuracy"
+            metric = what = "accuracy"
             guesses = [np.argmax(list(case["probability"].values())) for case in scores]
             values[name] = [float(guess == case["class"]["true"]) for guess, case in zip(guesses, scores)]
         else:
             values[name] = [case[metric].get(part, np.nan) for case in scores]
     lines, (first, *others) = [], values
     for name in others:
-        mean, low, high = metrics.paired_difference(values[name], values[first])
-        lines.append(f"{name} minus {first}: {what} {mean:+.4f}, 95 % interval {low:+.4f} .. {high:+.4f} "
+        scale, unit = (100, " points") if metric in PERCENT else (1, "")
+        mean, low, high = (scale * value for value in metrics.paired_difference(values[name], values[first]))
+        lines.append(f"{name} minus {first}: {what} {mean:+.4g}{unit}, 95 % interval {low:+.4g} .. {high:+.4g} "
                      f"({len(values[name])} cases, paired)")
     return "\n".join(lines)
 
@@ -389,19 +397,30 @@ def restore(path, cfg, device, subjects=()):
 
 
 def predict_images(network, folder, cfg, device):
-    """Scans without labels: cfg.images is a glob pattern (a tuple: a pattern with {id} per channel)."""
-    patterns = data.several(cfg.images)
+    """Scans without labels: cfg.images is a glob pattern (a tuple: a pattern with {id} per channel), or a
+    folder of NIfTI files. What cannot be read is named at the end, when the others are predicted: exit 1."""
+    patterns = [f"{p.rstrip('/')}/*.nii*" if Path(p).is_dir() and len(data.several(cfg.images)) == 1 else p
+                for p in data.several(cfg.images)]
     base = Path(re.split(r"[{*?\[]", patterns[0])[0])
-    if not patterns[0].startswith(f"{base}/") and not base.is_dir():
+    if not patterns[0].startswith(f"{base}/"):
         base = base.parent
+    if not base.is_dir():
+        raise SystemExit(f"images = {cfg.images!r}: there is no folder {base}")
     tails = ["/" if pattern.endswith("/") else "" for pattern in patterns]         # "/": folders of slices
     inside = tuple(os.path.relpath(pattern, base) + tail for pattern, tail in zip(patterns, tails))
     where = dict(scans=inside, image=()) if len(inside) == 1 else dict(scans=(), image=inside)
-    source = dataclasses.replace(cfg, datalist="", label="", target=(), exclude=(), **where)
-    scans = tasks.check_channels(data.open_scans(source, data.find_cases(source, base=base)), cfg)
-    for k, scan in enumerate(scans):
-        write_case(folder, k, scan, tasks.predict(network, scan, cfg, device), cfg)
+    source = dataclasses.replace(cfg, datalist="", label="", target=(), **where)
+    good, reasons = data.fill_cache(data.find_cases(source, base=base), source)
+    scans = [data.Scan(data.cache_folder(source), name, case, record) for case, name, record in good]
+    for k, scan in enumerate(tasks.check_channels(scans, cfg)):
+        ready = tasks.predict(network, scan, cfg, device)
+        write_case(folder, k, scan, ready, cfg)
+        if k < cfg.sheets and cfg.task == "segmentation":
+            draw_case(folder / f"{scan.id}.png", scan, ready, cfg)
         print(f"{scan.id}: {folder}")
+    if reasons:
+        raise SystemExit("\n".join(reasons) + f"\n{len(reasons)} of {len(scans) + len(reasons)} scans are "
+                         "unusable; mend them or name their ids under `exclude`")
 
 
 def score(network, scans, folder, cfg, device):
@@ -457,4 +476,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run.program(main)

@@ -7,7 +7,6 @@ Started again with the same name it goes on from runs/<name>/last.pt. runs/<name
 checkpoint that did best on the validation cases; python evaluate.py configs/btcv.py scores it.
 """
 import dataclasses
-import sys
 import time
 from pathlib import Path
 
@@ -168,7 +167,7 @@ def restore(state, network, optimizer):
 
 def save_state(path, kept, optimizer, best):
     """last.pt: a checkpoint as best.pt is one, and what restore and run.resume read beside it."""
-    run.save(path, kept | {"optimizer": optimizer.state_dict(), "best": best})
+    run.save(path, kept | {"optimizer": optimizer.state_dict(), "best": best}, keep=True)
 
 
 def checkpoint(network, cfg, step, score, subjects, origin):
@@ -185,12 +184,12 @@ def main(argv):
     say = print if rank == 0 else run.silent
     check(cfg, ranks)
     folder = Path(cfg.runs) / cfg.name
-    state = run.resume(folder, cfg, FREE)
+    state = run.resume(folder, cfg, FREE, say)
     first, best = (state["step"], state["best"]) if state else (0, None)
     if first >= cfg.steps:
         say(f"{folder} is complete: {first} steps, best {best}; python evaluate.py scores {folder}/best.pt")
         return
-    say(configs.dump(cfg))
+    say(configs.differing(cfg))
     parts, train, val, device = open_scans(cfg, ranks, local, folder, first, say)
     network, optimizer = build(cfg, device, state is None, say)
     if state is not None:
@@ -206,8 +205,7 @@ def main(argv):
     say(f"{ranks} x {origin['device']}, {'bfloat16' if bf16 else 'float32'}, "
         f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters, {len(train)} scans train, "
         f"{len(val)} choose; batch {cfg.batch} crops of {cfg.crop}; steps {first} to {cfg.steps}")
-    if rank == 0:
-        run.start_log(folder, cfg, first, origin)
+    lock = run.start_log(folder, cfg, first, origin) if rank == 0 else None
 
     sums, waited, counted = torch.zeros(2, device=device), 0.0, 0
     began = tick = time.time()
@@ -234,8 +232,7 @@ def main(argv):
         norm = nn.utils.clip_grad_norm_(network.parameters(), cfg.clip)
         if not torch.isfinite(loss + norm):         # nothing of this step reaches the weights or the disk
             values = f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}"
-            raise SystemExit(f"step {step}: not finite ({values}); cases: {', '.join(cases)}; "
-                             f"{run.last_good(folder)}")
+            run.diverged(folder, step, f"{values}; cases: {', '.join(cases)}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         sums += torch.stack([loss, norm])
@@ -272,10 +269,11 @@ def main(argv):
             save_state(folder / "last.pt", kept, optimizer, best)
     say(f"{cfg.steps} steps in {run.clock(time.time() - began)}; "
         f"best val {metric} {best:.4f}: {folder}/best.pt")
+    del lock            # another process may train under this name now
     if ranks > 1:
         del model       # before its process group: the other way round gloo may hang
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run.program(main)

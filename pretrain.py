@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import functools
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -213,6 +212,8 @@ def check(cfg, ranks):
     """Refuse what cannot run, one line each, before anything is read or written."""
     run.check_training(cfg, ranks)
     run.refuse([
+        (0 < cfg.twin_scale[0] <= cfg.twin_scale[1],
+         f"twin_scale = {cfg.twin_scale}, expected (least, largest), both above 0"),
         (cfg.token_patch in (2, 4, 8, 16, 32),
          f"token_patch = {cfg.token_patch}, expected 2, 4, 8, 16 or 32"),
         (cfg.matching in ("dual_softmax", "sinkhorn"),
@@ -312,14 +313,14 @@ def save_state(path, student, teacher, optimizer, queue, cfg, step):
                  queue=queue.keys, queue_subjects=queue.subjects, queue_count=queue.count, step=step,
                  config=dataclasses.asdict(cfg))
     run.save(path, state | dict(format="s2dc/pretrain", arguments=student.encoder.arguments,
-                                preprocessing=data.preprocessing(cfg)))
+                                preprocessing=data.preprocessing(cfg)), keep=True)
 
 
 def save_encoder(path, student, cfg, step, origin):
     """encoder.pt: what stage 2 reads."""
     run.save(path, dict(format="s2dc/encoder", encoder=student.encoder.state_dict(),
                         arguments=student.encoder.arguments, preprocessing=data.preprocessing(cfg), step=step,
-                        name=cfg.name, commit=origin["commit"], torch=origin["torch"]))
+                        name=cfg.name, commit=origin["commit"], torch=origin["torch"]), keep=True)
 
 
 def heading(cfg, scans, student, crop_grid, token_grid, ranks, first):
@@ -367,12 +368,12 @@ def main(argv):
     say = print if rank == 0 else run.silent
     check(cfg, ranks)
     folder = Path(cfg.runs) / cfg.name
-    state = run.resume(folder, cfg, FREE)
+    state = run.resume(folder, cfg, FREE, say)
     first = state["step"] if state else 0
     if first >= cfg.steps:
         say(f"{folder} is complete: {first} steps; its encoder is {folder}/encoder.pt")
         return
-    say(configs.dump(cfg))
+    say(configs.differing(cfg))
     scans, device = open_scans(cfg, ranks, local, folder, first, say)
     student, teacher, optimizer, queue = build(cfg, device, new=state is None)
     if state is not None:
@@ -388,8 +389,7 @@ def main(argv):
     origin = run.versions()
     say(f"{ranks} x {origin['device']}, {'bfloat16' if bf16 else 'float32'}, "
         + heading(cfg, scans, student, crop_grid, token_grid, ranks, first))
-    if rank == 0:
-        run.start_log(folder, cfg, first, origin)
+    lock = run.start_log(folder, cfg, first, origin) if rank == 0 else None
 
     sums, waited, counted = {}, 0.0, 0
     began = tick = time.time()
@@ -428,8 +428,7 @@ def main(argv):
         if not torch.isfinite(norm + terms["loss"]):    # nothing of this step reaches the weights or the disk
             values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
             cases = ", ".join(case for batch, *_ in passes for case in batch["id"])
-            raise SystemExit(f"step {step}: not finite ({values}, gradient norm {norm.item():.4g}); "
-                             f"cases: {cases}; {run.last_good(folder)}")
+            run.diverged(folder, step, f"{values}, gradient norm {norm.item():.4g}; cases: {cases}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         follow(teacher, student, cfg.momentum)
@@ -453,10 +452,11 @@ def main(argv):
             save_encoder(folder / "encoder.pt", student, cfg, done, origin)
             save_state(folder / "last.pt", student, teacher, optimizer, queue, cfg, done)
     say(f"{cfg.steps} steps in {run.clock(time.time() - began)}; encoder: {folder}/encoder.pt")
+    del lock            # another process may train under this name now
     if ranks > 1:
         del model       # before its process group: the other way round gloo may hang
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run.program(main)

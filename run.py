@@ -4,12 +4,16 @@ A run's folder is runs/<name>; `rank` counts its processes, `local` those on one
 """
 import dataclasses
 import datetime
+import errno
+import fcntl
 import json
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +23,55 @@ from torch.nn.parallel import DistributedDataParallel
 
 import configs
 from model import WeightsError, read_file
+
+
+def program(main):
+    """main(arguments) of a script; what is foreseen to go wrong ends it with one line and an exit code.
+
+    Under torchrun the line stands on the screen once, and in torchrun's closing summary. S2DC_DEBUG=1 keeps
+    the traceback; what is not foreseen always does.
+    """
+    try:
+        main(sys.argv[1:])
+    except BaseException as error:
+        said = foreseen(error)
+        if said is None or os.environ.get("S2DC_DEBUG"):
+            raise
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):       # torchrun shows py_callstack at its end
+            extra = dict(py_callstack=said, timestamp=str(int(time.time())))
+            Path(file).write_text(json.dumps({"message": {"message": said, "extraInfo": extra}}))
+        if processes()[2] == 0:
+            print(said, file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)                                           # torchrun stops all when the first ends
+        os._exit(code) if dist.is_initialized() else sys.exit(code)
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SHUT = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def foreseen(error):
+    """One line (of a list of files: several) on an error that a person can do something about, or None."""
+    text = " ".join(str(error).split())
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, str) else None
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped; the same command goes on from the last checkpoint"
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"{error.filename or 'a file'}: cannot be written, the disk is full"
+    if isinstance(error, OSError) and error.errno in SHUT:
+        return f"{error.filename}: {error.strerror.lower()}; give --runs, --cache or --out elsewhere"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in text:
+        return f"out of memory ({text[:120]}); try a smaller crop or batch, or --checkpointing=True"
+    if "DataLoader worker" in text and "killed by signal" in text:
+        return "a process that loads batches was killed (out of memory?); try fewer --workers"
+    if type(error).__name__ == "VolumeError":                       # of a worker: behind its traceback
+        return str(error).strip().splitlines()[-1].removeprefix("data.VolumeError: ")
+    if isinstance(error, ImportError) and "pip install" in text:
+        return text
+    return None
 
 
 def refuse(rules):
@@ -39,6 +92,8 @@ def check_training(cfg, ranks):
         (min(cfg.warmup, cfg.min_lr, cfg.decay, cfg.seed) >= 0,
          "warmup, min_lr, decay and seed must not be below 0"),
         (not cfg.init or Path(cfg.init).is_file(), f"init = {cfg.init!r}, no such file"),
+        (0 < cfg.scale[0] <= cfg.scale[1], f"scale = {cfg.scale}, expected (least, largest), both above 0"),
+        (0 <= cfg.workers <= 256, f"workers = {cfg.workers}, expected 0 to 256"),
     ])
 
 
@@ -98,11 +153,12 @@ def places(cfg, rank, ranks, first):
             yield [(step, (rank * cfg.accumulate + a) * b + i) for i in range(b)]
 
 
-def resume(folder, cfg, free):
+def resume(folder, cfg, free, say):
     """State of <folder>/last.pt, None for a new run; exits when a key that the run depends on has changed.
 
     free: the keys that it does not depend on. A key that the checkpoint lacks had its default; one that the
-    code has lost is not asked for.
+    code has lost is not asked for. More steps than were planned, and a lower rate, go on from there too: the
+    learning rate of every later step is then that of the new plan, and a line says so.
     """
     path = folder / "last.pt"
     if not path.exists():
@@ -114,22 +170,48 @@ def resume(folder, cfg, free):
     now, then = dataclasses.asdict(cfg), dataclasses.asdict(type(cfg)()) | state["config"]
     changed = [key for key in now if key not in free and then[key] != now[key]]
     said = "; ".join(f"{key} was {then[key]!r}, now {now[key]!r}" for key in changed[:4])
-    if changed:
+    may = [key for key in changed if (key == "steps" and now[key] > then[key]) or
+           (key == "lr" and now[key] < then[key])]
+    if may != changed:
         raise SystemExit(f"{path} belongs to another configuration: {said}. "
                          f"Give --name=another, or remove {folder}")
+    if changed:
+        step = state["step"]
+        say(f"{said}: from step {step} on the rate is {lr_at(step, cfg):.3g}, falling to {cfg.min_lr:.3g}")
     return state
 
 
-def start_log(folder, cfg, first, origin):
-    """config.py as resolved; a log that ends at step `first`, where the run goes on, then says `origin`."""
+def lock(folder):
+    """An open file that keeps `folder` for this process while it is open or the process ends; exits when
+    another one has it. Sweeps what killed saves left."""
     folder.mkdir(parents=True, exist_ok=True)
+    held = open(folder / "lock", "w")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"{folder}: another process trains under this name; give --name=another") from None
+    for left in folder.glob(".*.tmp"):
+        left.unlink(missing_ok=True)
+    return held
+
+
+def start_log(folder, cfg, first, origin):
+    """config.py as resolved; a log that ends at step `first`, where the run goes on, then says `origin`.
+    Returns `lock(folder)`."""
+    held = lock(folder)
     with configs.replacing(folder / "config.py") as aside:
         aside.write_text(f'"""{folder.name}, as resolved."""\n{configs.dump(cfg)}\n')
     path = folder / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line).get("step", 0) <= first]
+    kept = []
+    for k, line in enumerate(path.read_text().splitlines(keepends=True) if path.exists() else [], 1):
+        try:
+            if line.endswith("\n") and json.loads(line).get("step", 0) <= first:
+                kept.append(line)
+        except (ValueError, AttributeError):
+            raise SystemExit(f"{path}: line {k} is no JSON object; mend or remove the file") from None
     with configs.replacing(path) as aside:
         aside.write_text("".join(kept) + json.dumps(origin | {"resumed": first}) + "\n")
+    return held
 
 
 def write_log(folder, line):
@@ -139,16 +221,57 @@ def write_log(folder, line):
         log.write(json.dumps(line) + "\n")
 
 
-def save(path, state):
-    """torch.save that leaves either the old file or the whole new one, whenever it is killed."""
+def save(path, state, keep=False):
+    """torch.save that leaves either the old file or the whole new one, whenever it is killed.
+
+    Weights that are not finite are not saved, see `diverged`; finite ones may still ruin the next step: keep
+    leaves the file before this one as <name>.prev.pt.
+    """
+    if bad := not_finite(state):
+        diverged(path.parent, state["step"], f"{bad} after it")
+    if keep and path.exists():
+        with configs.replacing(path.with_suffix(".prev.pt")) as aside:
+            try:
+                os.link(path, aside)
+            except OSError:                                         # a file system without links
+                shutil.copyfile(path, aside)
     with configs.replacing(path) as aside:
-        torch.save(state, aside)
+        try:
+            torch.save(state, aside)
+        except RuntimeError as error:                               # torch's words for a short write
+            if "unexpected pos" not in str(error) and "write" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, "no space left", str(path)) from None
 
 
-def last_good(folder):
-    """What to say of the checkpoint when a run has to stop: names one only where there is one."""
-    path = folder / "last.pt"
-    return f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+def not_finite(state, name=""):
+    """Name of the first tensor with a number that is not finite in nested dicts and lists, or ""."""
+    if torch.is_tensor(state):
+        return "" if state.isfinite().all() else name
+    parts = enumerate(state) if isinstance(state, list | tuple) else ()
+    if isinstance(state, dict):
+        parts = state.items()
+    return next((bad for key, part in parts if (bad := not_finite(part, f"{name}.{key}".strip(".")))), "")
+
+
+def diverged(folder, step, said):
+    """Exit of a run whose numbers are not finite, so that the same command with a lower rate goes on.
+
+    From the last checkpoint that has trained a step: one of this very step has not, and gives way to the one
+    before it, or to none.
+    """
+    for name in ("encoder.pt", "last.pt"):
+        path = folder / name
+        if path.exists() and read_file(path)["step"] == step:
+            before = path.with_suffix(".prev.pt")
+            os.replace(path, path.with_suffix(".bad.pt"))
+            if before.exists():
+                os.replace(before, path)
+    last, good = folder / "last.pt", "there is no checkpoint yet; try a lower --lr"
+    if last.exists():
+        good = (f"the last good checkpoint is {last}, of step {read_file(last)['step']}; the same command "
+                "with a lower --lr goes on from there")
+    raise SystemExit(f"step {step}: not finite ({said}); {good}")
 
 
 def write_json(path, content):

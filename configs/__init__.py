@@ -10,8 +10,11 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import functools
+import inspect
 import os
 import pathlib
+import re
 import runpy
 import traceback
 import types
@@ -21,16 +24,23 @@ def load(Config, argv):
     """Config instance from `argv` = file.py .. --key=value ..; later files win. One line on any mistake.
 
     A file may hold keys of another script as well (a task's config serves finetune.py and evaluate.py): they
-    are named in a printed line and left alone. A key on the command line must be one of this script's.
+    are named in a printed line and left alone. A key on the command line must be one of this script's. The
+    environment variable S2DC_DATA goes before a file's `data`, not before the command line's. --help shows
+    the keys.
     """
     fields = {f.name: f for f in dataclasses.fields(Config)}
     given, elsewhere = {}, []
+    if "--help" in argv or "-h" in argv:
+        print(explained(Config))
+        raise SystemExit
     for file in [arg for arg in argv if not arg.startswith("--")]:
         for key, value in read(file).items():
             if key not in fields and key in declared():
                 elsewhere.append(key)
             else:
                 given[key] = checked(fields, key, value, file)
+    if "data" in fields and os.environ.get("S2DC_DATA"):
+        given["data"] = os.environ["S2DC_DATA"]
     for arg in [arg for arg in argv if arg.startswith("--")]:
         key, equals, text = arg[2:].partition("=")                  # the value may itself contain '='
         if not equals:
@@ -65,6 +75,7 @@ def read(file):
     return {key: value for key, value in found.items() if key[0] != "_" and not isinstance(value, kinds)}
 
 
+@functools.cache
 def declared():
     """The keys of every script's Config, read off the sources: no script imports another for them."""
     root = pathlib.Path(__file__).resolve().parents[1]
@@ -76,6 +87,29 @@ def declared():
 def dump(cfg):
     """Plain assignments, one key a line, that `load` reads back to an equal configuration."""
     return "\n".join(f"{f.name} = {getattr(cfg, f.name)!r}" for f in dataclasses.fields(cfg))
+
+
+def differing(cfg):
+    """As `dump`, of the keys that are not as the defaults; the whole stands in runs/<name>/config.py."""
+    default = type(cfg)()
+    keys = [f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != getattr(default, f.name)]
+    return "\n".join(f"{key} = {getattr(cfg, key)!r}" for key in keys)
+
+
+def explained(Config):
+    """The keys of a script with defaults and comments, in their groups, as the sources have them."""
+    text = []
+    for part in [part for part in reversed(Config.__mro__) if part is not object]:
+        lines = inspect.getsource(part).splitlines()
+        text.append(f"\n# {part.__module__.removeprefix('__main__') or 'this script'}")
+        for line in lines:
+            assignment = re.match(r"    (\w+): .*?( = .*)", line)
+            if assignment:
+                value = re.sub(r"dataclasses.field\(default_factory=dict\)", "{}", assignment[2])
+                text.append(f"--{assignment[1]}{value}")
+            elif line.startswith("    #"):
+                text.append(line.strip())
+    return "\n".join(text).strip()
 
 
 def checked(fields, key, value, where):
@@ -94,7 +128,8 @@ def checked(fields, key, value, where):
         value = float(value)
     if type(value) not in kinds:                                # type(), not isinstance: True is no int here
         kind, names = type(value).__name__, " or ".join(k.__name__ for k in kinds)
-        raise SystemExit(f"{where}: {key} = {value!r} is {kind}, expected {names} like {default!r}")
+        like = default or {tuple: (1, 1, 1), dict: {1: "name"}}.get(kinds[-1], default)
+        raise SystemExit(f"{where}: {key} = {value!r} is {kind}, expected {names} like {like!r}")
     if type(value) is tuple and type(default) is tuple and default and numbers(default):
         if len(value) != len(default) or not numbers(value):
             raise SystemExit(f"{where}: {key} = {value!r}, expected {len(default)} numbers like {default!r}")

@@ -7,7 +7,6 @@ scikit-learn is imported where it is used. Axes: c channel, x y z voxels, i j k 
 import dataclasses
 import functools
 import itertools
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -143,10 +142,11 @@ def correspondence_accuracy(encoder, scans, cfg, device):
 @torch.no_grad()
 def crop_recognition(student, teacher, scans, cfg, device, crops=64):
     """losses.recognition of `crops` crops of these scans among each other's twins, all of one teacher: a
-    measure of L_g that the teacher's drift cannot meet. student, teacher: volume (1, c, x, y, z) -> (1, e)."""
+    measure of L_g that the teacher's drift cannot meet. student, teacher: crop (1, c, x, y, z) -> (1, e)."""
     slabs, found = data.Slabs(scans, cfg, 1, cfg.seed), []
     for n in range(crops):
-        batch = data.collate([slabs.sample(scans[n % len(scans)], np.random.default_rng((cfg.seed, 3, n)))])
+        generator = np.random.default_rng((cfg.seed, 3, n))
+        batch = data.collate([slabs.sample(scans[n % len(scans)], generator)])
         V, _, twin = data.views(batch, cfg)
         x, y, z = (slice(s, s + c) for s, c in zip(batch["crop"][0].tolist(), cfg.crop))
         found.append([student(V[:, :, x, y, z].to(device)), teacher(twin.to(device))])
@@ -157,7 +157,7 @@ def crop_recognition(student, teacher, scans, cfg, device, crops=64):
 
 
 def load_heads(path, cfg, device):
-    """Student and teacher of a last.pt, each volume -> embedding of L_g; None of a file without projectors."""
+    """Student and teacher of a last.pt, each crop -> embedding of L_g; None of a file without projectors."""
     content = {} if path == "random" else read_file(path)
     if content.get("format") != "s2dc/pretrain":
         return None
@@ -315,16 +315,16 @@ def measure(cfg, device):
         results[path] = dict(linear=linear, knn=near, silhouette_cosine=cosine,
                              silhouette_euclidean=euclidean, effective_rank=rank, correspondence=found,
                              crops=crops, L_g=L_g, tokens=[len(sets[0]), len(sets[2])])
-        values = [linear["balanced_accuracy"], near["balanced_accuracy"], cosine[0], euclidean[0], rank, found,
-                  crops["top1"], L_g.get("top1"), L_g.get("nce")]
+        values = [linear["balanced_accuracy"], near["balanced_accuracy"], cosine[0], euclidean[0], rank,
+                  found, crops["top1"], L_g.get("top1"), L_g.get("nce")]
         rows.append([path, *["-" if value is None else f"{value:.3f}" for value in values]])
     print(evaluate.text_table(rows))
     classes = len(np.unique(y))
     print("(linear probe and k-NN: balanced accuracy over organs, 1 all right, chance "
-          f"{1 / classes:.3f}; silhouette: 1 apart, 0 mixed; correspondence: share of tokens found again after "
-          f"the config's moves; top-1: share of 64 crops whose twin is the most similar of all 64, chance "
-          f"{crops['top1_chance']:.3f}, by the encoder's pooled features or by L_g's embeddings (of a last.pt), "
-          f"and Eq. 1 among them, chance {crops['nce_chance']:.2f})")
+          f"{1 / classes:.3f}; silhouette: 1 apart, 0 mixed; correspondence: share of tokens found again "
+          "after the config's moves; top-1: share of 64 crops whose twin is the most similar of all 64, "
+          f"chance {crops['top1_chance']:.3f}, by the encoder's pooled features or by L_g's embeddings (of a "
+          f"last.pt), and Eq. 1 among them, chance {crops['nce_chance']:.2f})")
     return results
 
 
@@ -336,4 +336,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run.program(main)

@@ -161,4 +161,4 @@ def conduct(cfg):
 
 
 if __name__ == "__main__":
-    conduct(configs.load(Config, sys.argv[1:]))
+    run.program(lambda argv: conduct(configs.load(Config, argv)))

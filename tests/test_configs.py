@@ -90,7 +90,7 @@ WRONG = [
     ("slab", "96", "slab = 96 is int, expected tuple"),
     ("slab", "(96, 96, 9.5)", "expected whole numbers like (96, 96, 96)"),
     ("scans", "7", "scans = 7 is int, expected str or tuple"),
-    ("labels", "[1]", "labels = (1,) is tuple, expected dict like {}"),
+    ("labels", "[1]", "labels = (1,) is tuple, expected dict like {1: 'name'}"),
     ("stepz", "3", "unknown config key 'stepz'; did you mean 'steps'?"),
     ("zzz", "3", "unknown config key 'zzz'; known: name, steps,")]
 

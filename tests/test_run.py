@@ -36,12 +36,13 @@ class Late:
 
 
 def test_a_run_goes_on_unless_something_changes_that_it_depends_on(tmp_path):
-    assert run.resume(tmp_path, Early(), ()) is None
+    assert run.resume(tmp_path, Early(), (), print) is None
     run.save(tmp_path / "last.pt", dict(step=4, config=dataclasses.asdict(Early())))
     free = ("workers",)
     for cfg in (Early(), Early(workers=9), Late(), Late(workers=9), Late(depth=3)):
-        assert run.resume(tmp_path, cfg, free)["step"] == 4
-    said = ends(run.resume, tmp_path, Late(depth=4, lr=0.1), free)
+        assert run.resume(tmp_path, cfg, free, print)["step"] == 4
+    assert ends(run.resume, tmp_path, Late(depth=4), free, print)
+    said = ends(run.resume, tmp_path, Late(depth=4, lr=0.1), free, print)
     assert said == (f"{tmp_path}/last.pt belongs to another configuration: lr was 0.001, now 0.1; depth was 3, now 4. "
                     f"Give --name=another, or remove {tmp_path}")
 
@@ -50,13 +51,13 @@ def test_a_run_goes_on_unless_something_changes_that_it_depends_on(tmp_path):
 def test_pretraining_depends_on_every_key_but_those_that_say_where_and_how_fast(tmp_path, key):
     run.save(tmp_path / "last.pt", dict(step=4, config=dataclasses.asdict(pretrain.Config())))
     other = copy.copy(pretrain.Config())
-    setattr(other, key, "else")
+    setattr(other, key, {"steps": 7, "lr": 1.0}.get(key, "else"))
     free = ("data", "runs", "cache", "workers", "labels", "remap", "checkpointing", "accumulate", "compile", "log_every", "save_every",
             "keep")
     if key in free:
-        assert run.resume(tmp_path, other, pretrain.FREE)["step"] == 4
+        assert run.resume(tmp_path, other, pretrain.FREE, print)["step"] == 4
     else:
-        assert f": {key} was " in ends(run.resume, tmp_path, other, pretrain.FREE)
+        assert f": {key} was " in ends(run.resume, tmp_path, other, pretrain.FREE, print)
 
 
 def test_log_forgets_what_the_checkpoint_does_not_know(tmp_path):
@@ -68,7 +69,9 @@ def test_log_forgets_what_the_checkpoint_does_not_know(tmp_path):
     path.write_text("".join([header, *steps]))
     run.start_log(tmp_path, pretrain.Config(), 0, {"torch": "3"})   # killed before the first checkpoint
     assert path.read_text() == header + '{"torch": "3", "resumed": 0}\n'
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.py", "log.jsonl"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.py", "lock", "log.jsonl"]
+    path.write_text(header + "{]\n")
+    assert ends(run.start_log, tmp_path, pretrain.Config(), 4, {}) == f"{path}: line 2 is no JSON object; mend or remove the file"
 
 
 def test_commit_is_unknown_where_there_is_no_git(monkeypatch):
