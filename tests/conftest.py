@@ -106,7 +106,7 @@ CCII = [(kind, k * 10 + p, 100 * k + p, p) for k, kind in enumerate(("Normal", "
 CCII += [("CP", 10, 150, 0), ("NCP", 29, 209, None)]        # the second scan of a patient, and one that no list names
 
 
-def lay_cc_ccii(root, link):
+def lay_cc_ccii(root):
     Image = pytest.importorskip("PIL.Image")
     lists = {(fold, part): [] for fold in range(3) for part in ("train", "valid")}
     for kind, patient, scan, role in CCII:                  # role 0: in all valid lists, 1 .. 3: in that of fold 0 .. 2
@@ -191,15 +191,26 @@ TABLE = dict(image="s{id}_img.nii.gz", table="t.csv", table_key="{id}", case_key
 
 
 @pytest.fixture
-def refused(small, monkeypatch, capsys):
-    """refused(keys, config) -> the text that finetune.py ended with; nothing was trained."""
-    def run(keys={}, config="demo_segmentation", main=finetune.main, training=SHORT):
+def train(small, monkeypatch, capsys):
+    """train(config, keys) -> (what finetune.py printed, the folder of its run)."""
+    def run(config="demo_classification", **keys):
         base = {"demo_segmentation": SMALL, "demo_classification": TABLE}[config]
+        args = flags(**base | SHORT | dict(name="run") | keys)
+        said = here(monkeypatch, capsys, small.parent, small, finetune.main, config, *args)
+        return said, small.parent / "runs" / keys.get("name", "run")
+    return run
+
+
+@pytest.fixture
+def refused(train, small, capsys):
+    """refused(keys, config) -> the text that finetune.py ended with; nothing was trained."""
+    def run(keys, config="demo_segmentation"):
         with pytest.raises(SystemExit) as caught:
-            here(monkeypatch, capsys, small.parent, small, main, config, *flags(**base | training | keys))
+            train(config, **keys)
         assert not list(small.parent.glob("runs/*/log.jsonl")) and "step      " not in capsys.readouterr().out
         line, *count = str(caught.value).split("\n")
-        assert count in ([], ["1 unusable; mend them or name their ids under `exclude`"])      # the latter of the cache
+        # the latter of the cache
+        assert count in ([], ["1 unusable; mend them or name their ids under `exclude`"])
         return line
     return run
 

@@ -262,7 +262,7 @@ def test_label_fractions_are_nested_and_leave_the_other_parts_alone(split, name)
 
 
 def test_cc_ccii_reports_the_scans_that_all_valid_lists_share(split, tmp_path):
-    lay_cc_ccii(tmp_path, None)
+    lay_cc_ccii(tmp_path)
     for fold in range(3):                                   # of the lists of another fold too
         lists = [f"CC-CCII/csv/CC_CCII_fold{fold}_{part}.csv" for part in ("train", "valid")]
         parts = split("cc_ccii", (), only=tuple(lists), val=lists[1])
