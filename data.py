@@ -155,8 +155,8 @@ def _read_nifti(path):
         raise VolumeError(f"{path}: voxels are {'RGB' if kind.names else 'complex'} ({kind}), "
                           "expected one real number per voxel")
     unit = image.header.get_xyzt_units()[0]
-    to_mm = {"meter": 1000.0, "micron": 0.001}.get(unit, 1.0)
-    affine = np.diag([to_mm, to_mm, to_mm, 1.0]) @ image.affine
+    affine = image.affine.copy()
+    affine[:3] *= {"meter": 1000.0, "micron": 0.001}.get(unit, 1.0)     # to mm
     shape = _check_header(path, image.shape, affine)
     start = int(image.dataobj.offset)
     if start < 0:
@@ -650,8 +650,8 @@ def read_index(folder):
     """{name: record} of the scans in a cache folder, {} of none, or where the index is damaged."""
     try:
         scans = json.loads((folder / "index.json").read_text())["scans"]
-        return {name: record for name, record in scans.items() if isinstance(record["shape"], list)}
-    except FileNotFoundError:
+        return {name: record for name, record in scans.items() if isinstance(record, dict)}
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, LookupError, TypeError, AttributeError):
         print(f"{folder / 'index.json'}: damaged, its scans are cached anew")
@@ -663,7 +663,7 @@ def _is_whole(folder, name, record):
     try:
         voxels = record["channels"] * math.prod(record["shape"])
         return (folder / f"{name}.image.npy").stat().st_size > 2 * voxels
-    except OSError:
+    except (OSError, LookupError, TypeError):
         return False
 
 

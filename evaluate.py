@@ -354,8 +354,8 @@ def compare(results, cfg):
     for name in others:
         scale, unit = (100, " points") if metric in PERCENT else (1, "")
         mean, low, high = (scale * value for value in metrics.paired_difference(values[name], values[first]))
-        lines.append(f"{name} minus {first}: {what} {mean:+.4g}{unit}, 95 % interval {low:+.4g} .. {high:+.4g} "
-                     f"({len(values[name])} cases, paired)")
+        lines.append(f"{name} minus {first}: {what} {mean:+.4g}{unit}, 95 % interval {low:+.4g} .. "
+                     f"{high:+.4g} ({len(values[name])} cases, paired)")
     return "\n".join(lines)
 
 

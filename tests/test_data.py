@@ -377,7 +377,8 @@ def test_patterns_with_fields_channels_and_back_references(tmp_path):
     assert data.find_cases(cfg) == [dict(id=who, subject=who, fields=dict(subject=who), images=at(who, "t1", "t2"),
                                          label=at(who, "seg")[0], targets=at(who, "pet")) for who in ("P1", "P2")]
     (tmp_path / "P2/P2_t2.nii.gz").unlink()
-    assert ends(data.find_cases, cfg) == f"{tmp_path}/P2/P2_t2.nii.gz: no such file, expected beside {tmp_path}/P2/P2_t1.nii.gz"
+    with pytest.raises(SystemExit, match="P2_t2.nii.gz: no such file, expected beside .*/P2_t1.nii.gz\n1 files are missing"):
+        data.find_cases(cfg)
     cfg.label = "{subject}/{session}.nii.gz"
     assert "'session'" in ends(data.find_cases, cfg)
 
@@ -443,10 +444,84 @@ def test_datalists(tmp_path):
     assert "no such datalist" in ends(data.find_cases, config(tmp_path, datalist="x.json"))
 
 
+def test_cases_without_a_partner_are_listed_at_once_and_can_be_left_out(tmp_path):
+    touch(tmp_path, *[f"img/{k}.nii.gz" for k in range(4)], "seg/1.nii.gz")
+    keys = dict(image="img/{id}.nii.gz", label="seg/{id}.nii.gz")
+    *lines, last = str(pytest.raises(SystemExit, data.find_cases, config(tmp_path, **keys)).value).splitlines()
+    assert lines == [f"{tmp_path}/seg/{k}.nii.gz: no such file, expected beside {tmp_path}/img/{k}.nii.gz" for k in (0, 2, 3)]
+    assert last == "3 files are missing; add them, or leave their cases out: exclude = ('0', '2', '3',)"
+    assert [case["id"] for case in data.find_cases(config(tmp_path, exclude=("0", "2", "3"), **keys))] == ["1"]
+
+
+def test_a_cache_that_lost_a_file_or_its_index_is_made_anew(tmp_path, capsys):
+    cfg = config(tmp_path, **data_set(tmp_path, 3))
+    whole, folder = open_scans(cfg), data.cache_folder(cfg)
+    before = contents(cfg)
+    Path(f"{whole[1].stem}.image.npy").unlink()
+    Path(f"{whole[2].stem}.image.npy").write_bytes(b"cut")
+    with pytest.raises(data.VolumeError, match="image.npy: the cache was deleted or damaged; start again"):
+        whole[2].open()
+    open_scans(cfg)
+    same_contents(contents(cfg), before)
+    (folder / "index.json").write_text('{"scans": {')
+    open_scans(cfg)
+    same_contents(contents(cfg), before)
+    assert f"{folder}/index.json: damaged, its scans are cached anew" in capsys.readouterr().out
+    blocked = dataclasses.replace(cfg, cache=str(tmp_path / "img/case0.nii.gz"))
+    assert "cannot be made" in ends(data.fill_cache, data.find_cases(blocked), blocked)
+
+
+@pytest.mark.parametrize("unit, factor", [("meter", 1000.0), ("micron", 0.001)])
+def test_the_unit_of_the_header_is_applied(tmp_path, unit, factor):
+    image = nib.Nifti1Image(noise(6, 7, 8), np.diag([2 / factor, 1 / factor, 3 / factor, 1]))
+    image.header.set_xyzt_units(unit)
+    nib.save(image, tmp_path / "a.nii.gz")
+    _, spacing, affine = data.read_volume(tmp_path / "a.nii.gz")
+    np.testing.assert_allclose(spacing, (2, 1, 3), rtol=1e-5)
+    np.testing.assert_allclose(affine, np.diag([2, 1, 3, 1]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("ending", ["nii", "nii.gz"])
+def test_more_voxels_than_the_header_claims_are_refused(tmp_path, ending):
+    path = nifti(tmp_path / f"a.{ending}", noise(6, 7, 8))
+    with (gzip.open if ending == "nii.gz" else open)(path, "ab") as file:
+        file.write(b"\0" * 2)
+    assert f"the header claims {352 + 2 * 336} bytes of header and voxels, the file holds {354 + 2 * 336}" in refusal(path)
+
+
+def test_a_robust_zscore_is_not_moved_by_one_voxel_and_the_summary_names_the_scan(tmp_path, capsys):
+    voxels = ndimage.gaussian_filter(noise(20, 20, 20).astype(np.float32), 1) + 500
+    for k in range(4):
+        nifti(tmp_path / f"{k}.nii.gz", voxels + k)
+    voxels[3, 4, 5] = 3e4
+    nifti(tmp_path / "4.nii.gz", voxels)
+    cfg = config(tmp_path, scans="*.nii.gz", intensity="zscore", zscore_over="robust", foreground=0.0)
+    plain, spiked = open_scans(cfg)[0::4]
+    same = np.ones((20, 20, 20), bool)
+    same[3, 4, 5] = False
+    np.testing.assert_allclose(spiked.open()[0][same], plain.open()[0][same], atol=0.01)
+    inner = np.sort(voxels.ravel())[40:-40]                         # half a per cent at either end
+    np.testing.assert_allclose(plain.open()[0, 3, 4, 6], (voxels[3, 4, 6] - inner.mean()) / inner.std(), atol=0.01)
+    data.main([str(write_config(tmp_path, dict(data=str(tmp_path), cache=str(tmp_path / "cache"), scans="*.nii.gz")))])
+    said = capsys.readouterr().out
+    assert "ranges more than ten times wider or narrower than the others', 1 scans: 4; look at them" in said
+
+
+def test_the_summary_says_what_of_a_slab_is_padding(tmp_path, capsys):
+    keys = data_set(tmp_path, 2) | dict(data=str(tmp_path), cache=str(tmp_path / "cache"), slab=(24, 10, 16), crop=(12, 10, 8))
+    data.main([str(write_config(tmp_path, keys))])
+    said = capsys.readouterr().out
+    assert "slab = (24, 10, 16): the scans fill 25% of it, the rest will be padding" in said and "crop =" not in said
+
+
 def test_the_environment_moves_the_root(tmp_path, monkeypatch):
+    """The command line goes before the environment, which goes before a file; what was used is what is stored."""
     touch(tmp_path, "here/a.nii.gz")
+    path = str(write_config(tmp_path, dict(data="elsewhere", scans="*.nii.gz")))
     monkeypatch.setenv("S2DC_DATA", str(tmp_path / "here"))
-    assert data.find_cases(config(tmp_path / "elsewhere", scans="*.nii.gz"))[0]["images"] == [str(tmp_path / "here/a.nii.gz")]
+    cfg = data.configs.load(data.Config, [path])
+    assert cfg.data == str(tmp_path / "here") and data.find_cases(cfg)[0]["images"] == [str(tmp_path / "here/a.nii.gz")]
+    assert data.configs.load(data.Config, [path, "--data=/there"]).data == "/there"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -128,8 +128,9 @@ def judged(abdomens, monkeypatch, capsys, tmp_path):
 def test_several_checkpoints_and_bare_scans(judged, abdomens, tmp_path):
     said = judged(checkpoint=BOTH, out="both", sheets=0)
     results = json.loads((tmp_path / "both/results.json").read_text())["results"]
-    a, b = (results[f"{name}.pt"]["rows"][0]["scores"]["preprocessed"]["dice"]["mean"] for name in "ab")
-    assert f"b.pt minus a.pt: dice mean {b - a:+.4f}, 95 % interval" in said and "(1 cases, paired)" in said
+    a, b = (results[f"{name}.pt"]["rows"][0]["scores"]["original"]["dice"]["mean"] for name in "ab")
+    assert f"b.pt minus a.pt: dice mean, original grid {100 * (b - a):+.4g} points, 95 % interval" in said
+    assert "(1 cases, paired)" in said
     found = [nib.load(tmp_path / f"both/predictions_{k}/004.nii.gz") for k in range(2)]
     assert (found[0].get_fdata() != found[1].get_fdata()).any()
     # the same scan without its label: the same prediction, on the scan's own voxels
@@ -141,7 +142,16 @@ def test_several_checkpoints_and_bare_scans(judged, abdomens, tmp_path):
     assert label.shape == scan.shape and np.array_equal(label.affine, scan.affine)
     assert label.get_data_dtype() == np.uint8
     np.testing.assert_array_equal(label.get_fdata(), found[0].get_fdata())
-    assert sorted(p.name for p in (tmp_path / "bare").iterdir()) == ["new.nii.gz"]
+    assert sorted(p.name for p in (tmp_path / "bare").iterdir()) == ["new.nii.gz", "new.png"]
+    # a folder, one of its files broken: the other is predicted, and the broken one can be left out
+    (tmp_path / "scans/broken.nii.gz").write_bytes(source.read_bytes()[:5000])
+    with pytest.raises(SystemExit) as caught:
+        judged(root=tmp_path, checkpoint="a.pt", images=str(tmp_path / "scans"), out="folder", sheets=0)
+    first, second = str(caught.value).splitlines()
+    assert first.startswith(f"{tmp_path}/scans/broken.nii.gz: the file is damaged")
+    assert second.startswith("1 of 2 scans are unusable")
+    assert (tmp_path / "folder/new.nii.gz").read_bytes() == (tmp_path / "bare/new.nii.gz").read_bytes()
+    assert "new: whole" in judged(root=tmp_path, checkpoint="a.pt", images="scans", out="whole", sheets=0, exclude="broken")
 
 
 def test_classes_of_bare_scans_and_a_second_run(judged, abdomens, tmp_path):
@@ -157,7 +167,8 @@ def test_classes_of_bare_scans_and_a_second_run(judged, abdomens, tmp_path):
     assert [row[0] for row in scored] == ["id", "002", "003"]
     assert [row[0] for row in unlabelled] == ["id", "phantom_002", "phantom_003"]
     assert scored[0][1:] == ["0", "1"] and [row[1:] for row in scored] == [row[1:] for row in unlabelled]
-    scans = data.open_scans(dataclasses.replace(cfg, cache=str(tmp_path / "cache")), say=lambda *_: None)
+    cfg = dataclasses.replace(cfg, data=str(abdomens), cache=str(tmp_path / "cache"))
+    scans = data.open_scans(cfg, say=lambda *_: None)
     with torch.no_grad():
         image = torch.from_numpy(np.ascontiguousarray(scans[2].open())).float()
         expected = network(image[None]).softmax(1)[0]
@@ -201,7 +212,8 @@ def test_folders_of_slices_without_labels(judged, tmp_path):
     (dict(checkpoint="t.pt"), "t.pt: trained with task = 'translation', the config has 'segmentation'"),
     (dict(part="rest"), "part = 'rest', expected 'train', 'val' or 'test'"),
     (dict(images="*.nii.gz", checkpoint=BOTH), "checkpoint = ('a.pt', 'b.pt'), expected one with `images`"),
-    (dict(images="nowhere/*.nii.gz"), "pattern '*.nii.gz' finds nothing below nowhere; "),
+    (dict(images="nowhere/*.nii.gz"), "images = 'nowhere/*.nii.gz': there is no folder nowhere"),
+    (dict(images="/nowhere/at/all"), "images = '/nowhere/at/all': there is no folder /nowhere/at"),
     (dict(images="('{id}_a.nii.gz', '{id}_b.nii.gz')"), "1_a.nii.gz: the scan has 2 channels, in_channels "),
 ])
 def test_what_evaluate_refuses(judged, keys, text, tmp_path):

@@ -16,7 +16,7 @@ MAY = {     # room of the root: the rooms it may import
 }
 SIX = {"torch", "numpy", "scipy", "nibabel", "einops"}       # and pytest, for the tests
 WHERE_USED = {"matplotlib", "sklearn", "SimpleITK", "PIL"}   # imported by the functions that need them
-LINES = {"data": 1130}                                       # else 700
+LINES = {"data": 1290}                                       # else 700
 WIDE = {"figures"}                                           # still hold wider lines; no other may
 LOOPS = {("pretrain", "main"), ("finetune", "main")}         # at most 110 lines, other functions 60
 

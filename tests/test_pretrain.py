@@ -6,6 +6,7 @@ one voxel on the kink of a leaky ReLU can turn a rounding of 1e-7 into 4 % of th
 import collections
 import copy
 import dataclasses
+import fcntl
 import functools
 import itertools
 import json
@@ -56,7 +57,7 @@ def place(tmp_path_factory):
 
 
 def argv(place, **keys):
-    keys = TINY | dict(runs=str(place / "runs"), cache=str(place / "cache")) | keys
+    keys = TINY | dict(data=place / "data", runs=place / "runs", cache=place / "cache") | keys
     return [str(HERE / "configs/demo.py"), *(f"--{key}={value}" for key, value in keys.items())]
 
 
@@ -67,7 +68,7 @@ def config(place, **keys):
 def start(place, arguments, launcher=()):
     """The command in a process group of its own, without a GPU."""
     outside = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
-    here = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", S2DC_DATA=str(place / "data"), PYTHONPATH=str(HERE))
+    here = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(HERE))
     return subprocess.Popen([sys.executable, *launcher, *arguments], cwd=HERE, env=outside | here, start_new_session=True,
                             text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -91,7 +92,6 @@ def within(place, arguments):
     with pytest.MonkeyPatch.context() as patch:
         for key in LAUNCHER:
             patch.delenv(key, raising=False)
-        patch.setenv("S2DC_DATA", str(place / "data"))
         patch.setattr(torch.cuda, "is_available", lambda: False)
         pretrain.main(arguments)
 
@@ -102,9 +102,7 @@ def alone(place, **keys):
 
 
 def batch_of(place, cfg, step):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("S2DC_DATA", str(place / "data"))
-        slabs = data.Slabs(data.open_scans(cfg, say=lambda _: None), cfg, cfg.batch, cfg.seed)
+    slabs = data.Slabs(data.open_scans(cfg, say=lambda _: None), cfg, cfg.batch, cfg.seed)
     return data.collate([slabs[step, k] for k in range(cfg.batch)])
 
 
@@ -313,7 +311,7 @@ def test_killed_and_started_again_equals_uninterrupted_bit_for_bit(place, killed
     for line, step in zip(lines, steps):
         assert {k: v for k, v in line.items() if k not in TIMES} == {k: v for k, v in step.items() if k not in TIMES}
     assert torch.load(run / "encoder-9.pt", weights_only=True)["step"] == 9
-    assert sorted(file.name for file in run.glob("*.pt")) == ["encoder-9.pt", "encoder.pt", "last.pt"]
+    assert {file.name for file in run.glob("*.pt")} == {"encoder-9.pt", "encoder.pt", "encoder.prev.pt", "last.pt", "last.prev.pt"}
 
 
 def test_complete_run_says_so_and_changes_nothing(place, ten, capsys):
@@ -347,8 +345,8 @@ def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(place):
     text = ends(within, place, argv(place, **keys))
     run = place / "runs/explodes"
     assert text.startswith("step 5: not finite (loss nan, global nan, p2p nan, p2s nan") and "gradient norm nan" in text
-    assert f"cases: {', '.join(batch_of(place, config(place, **keys), 5)['id'])};" in text
-    assert text.endswith(f"the last good checkpoint is {run}/last.pt")
+    assert f"cases: {', '.join(batch_of(place, config(place, **keys), 5)['id'])});" in text
+    assert f"; the last good checkpoint is {run}/last.pt, of step 4; the same command with a lower --lr goes on" in text
     state = last(run)
     assert state["step"] == 4 and [line["step"] for line in log(run)[1]] == [1, 2, 3, 4, 5]
     leaves = [leaf for leaf in flat(state).values() if torch.is_tensor(leaf)]
@@ -357,8 +355,53 @@ def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(place):
 
 def test_non_finite_loss_before_the_first_checkpoint(place):
     text = ends(within, place, argv(place, name="at_once", steps=4, warmup=0, lr=1e36, v2=False))
-    assert text.startswith("step 1: not finite") and text.endswith("there is no checkpoint yet")
+    assert text.startswith("step 1: not finite") and text.endswith("there is no checkpoint yet; try a lower --lr")
     assert not list((place / "runs/at_once").glob("*.pt"))
+
+
+def test_a_checkpoint_that_has_trained_no_step_gives_way_to_the_one_before_it(place, capsys):
+    """Finite weights of 1e36 are saved at step 5 and ruin step 5; the same command with a lower rate goes on from step 4."""
+    keys = dict(name="ruined", steps=8, warmup=3, min_lr=1e38, save_every=1, v2=False)
+    text = ends(within, place, argv(place, **keys))
+    run = place / "runs/ruined"
+    assert "step 5: not finite" in text and "last.pt, of step 4; the same command with a lower --lr goes on" in text
+    assert last(run)["step"] == 4 and torch.load(run / "encoder.pt", weights_only=True)["step"] == 4
+    assert torch.load(run / "last.bad.pt", weights_only=True)["step"] == 5
+    capsys.readouterr()
+    ends(within, place, argv(place, **keys | dict(lr=9e-4)))
+    assert "lr was 0.001, now 0.0009: from step 4 on the rate is" in capsys.readouterr().out
+
+
+def test_weights_that_are_not_finite_after_the_last_step_are_not_saved(place, monkeypatch):
+    def overflow(teacher, student, momentum):
+        for network in (teacher, student):
+            network.encoder.embed.weight.data[0] = math.inf
+    monkeypatch.setattr(pretrain, "follow", overflow)
+    text = ends(within, place, argv(place, name="end", steps=1, v2=False))
+    assert text == "step 1: not finite (encoder.embed.weight after it); there is no checkpoint yet; try a lower --lr"
+    assert not list((place / "runs/end").glob("*.pt"))
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one_and_a_name_in_use_is_refused(place, capsys):
+    run = alone(place, name="longer", steps=2, warmup=0, v2=False)
+    capsys.readouterr()
+    alone(place, name="longer", steps=3, warmup=0, v2=False)
+    assert "steps was 2, now 3: from step 2 on the rate is 0.00025, falling to 0" in capsys.readouterr().out
+    assert last(run)["step"] == 3
+    held = open(run / "lock")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    text = ends(within, place, argv(place, name="longer", steps=4, warmup=0, v2=False))
+    assert text == f"{run}: another process trains under this name; give --name=another"
+
+
+def test_torchrun_says_what_is_missing_once_and_in_its_summary(place):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "pretrain.py",
+               *argv(place, name="missing", scans="nowhere/*.nii.gz")]
+    process = start(place, command)
+    said = process.communicate(timeout=200)[0]
+    line = f"pattern 'nowhere/*.nii.gz' finds nothing below {place}/data; {place}/data holds: demo_ct/"
+    assert process.returncode == 1 and said.splitlines().count(line) == 1
+    assert f"traceback : {line}" in said and "pretrain.py\", line" not in said
 
 
 REFUSED = [
@@ -372,7 +415,9 @@ REFUSED = [
     (dict(clip=-1), "clip = -1"), (dict(warmup=-1), "warmup"), (dict(seed=-1), "seed"),
     (dict(sinkhorn_iterations=0), "sinkhorn_iterations = 0"), (dict(init="nowhere.pt"), "'nowhere.pt'"),
     (dict(num_heads=(3, 1, 1, 1)), "num_heads"), (dict(merge="some"), "merge"), (dict(depths=(2, 2)), "depths"),
-    (dict(sharpness=1), "sharpness"),
+    (dict(sharpness=1), "sharpness"), (dict(scale=(2.0, 1.0)), "scale = (2.0, 1.0)"), (dict(workers=100000), "workers = 100000"),
+    (dict(twin_scale=(0.0, 1.0)), "twin_scale"), (dict(tokens="all"), "tokens = 'all'"), (dict(negatives="none"), "negatives ="),
+    (dict(negatives="step", batch=1, queue=1), "a batch of one crop has no other"),
 ]
 
 
@@ -430,7 +475,7 @@ def test_stored_configuration_is_a_config_file_and_the_log_says_where(place, ten
     assert first["torch"] == torch.__version__ and first["device"] == "cpu, 1 threads" and first["resumed"] == 0
     git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     assert first["commit"][:12] == git[:12] if git else first["commit"] == "unknown"
-    assert configs.dump(cfg) in said
+    assert configs.differing(cfg) in said and "lr = 0.0001" in configs.differing(cfg).splitlines()
     for words in ("1 x cpu, 1 threads, float32, 4 scans, cache 0.00 GB", "batch 2 slabs x 1 crops = 1 ranks x 1 passes x 2",
                   "512 tokens a slab; steps 0 to 10", "step     10  loss ", " left\n", "10 steps in "):
         assert words in said

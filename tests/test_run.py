@@ -1,10 +1,16 @@
 """run.py: learning rate, places, resuming, the log, versions, by closed forms and by hand."""
 import copy
 import dataclasses
+import errno
 import math
+import os
+import resource
+import signal
 
 import pytest
+import torch
 
+import data
 import pretrain
 import run
 
@@ -72,6 +78,69 @@ def test_log_forgets_what_the_checkpoint_does_not_know(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.py", "lock", "log.jsonl"]
     path.write_text(header + "{]\n")
     assert ends(run.start_log, tmp_path, pretrain.Config(), 4, {}) == f"{path}: line 2 is no JSON object; mend or remove the file"
+
+
+FORESEEN = [
+    (SystemExit("one line"), "one line"), (SystemExit(3), None), (KeyboardInterrupt(), "stopped; the same command goes on"),
+    (OSError(errno.ENOSPC, "No space left on device", "runs/last.pt"), "runs/last.pt: cannot be written, the disk is full"),
+    (OSError(errno.EROFS, "Read-only file system", "runs/a"), "runs/a: read-only file system; give --runs, --cache or --out"),
+    (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"), "out of memory (Default"),
+    (MemoryError(), "out of memory"), (torch.OutOfMemoryError("CUDA out of memory"), "out of memory (CUDA"),
+    (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), "a process that loads batches was killed"),
+    (data.VolumeError("Caught VolumeError in DataLoader worker process 0.\nOriginal Traceback\ndata.VolumeError: a.npy: gone"),
+     "a.npy: gone"),
+    (ImportError("matplotlib is not installed: pip install matplotlib"), "matplotlib is not installed"),
+    (ValueError("a defect"), None), (OSError(errno.EIO, "Input/output error", "x"), None), (RuntimeError("shapes"), None),
+]
+
+
+@pytest.mark.parametrize("error, text", FORESEEN, ids=lambda x: type(x).__name__)
+def test_what_is_foreseen_is_one_line_and_the_rest_keeps_its_traceback(error, text, monkeypatch, capsys):
+    said = run.foreseen(error)
+    assert (said is None) == (text is None) and (text is None or said.startswith(text) and "\n" not in said)
+
+    def fails(arguments):
+        raise error
+    monkeypatch.delenv("S2DC_DEBUG", raising=False)
+    with pytest.raises(BaseException) as caught:
+        run.program(fails)
+    if text is None:
+        assert caught.value is error
+    else:
+        assert caught.value.code == (130 if isinstance(error, KeyboardInterrupt) else 1) and capsys.readouterr().err == said + "\n"
+    monkeypatch.setenv("S2DC_DEBUG", "1")
+    with pytest.raises(type(error)):
+        run.program(fails)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_names_the_file(tmp_path):
+    path = tmp_path / "last.pt"
+    run.save(path, dict(step=1, a=torch.zeros(4)))
+    before, limit = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limit[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            run.save(path, dict(step=2, a=torch.zeros(10 ** 5)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert run.foreseen(caught.value) == f"{path}: cannot be written, the disk is full"
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_found_wherever_it_stands(bad):
+    state = dict(model={"w": torch.zeros(3)}, optimizer=dict(state={0: dict(exp_avg=torch.ones(2), step=torch.tensor(1))}))
+    assert run.not_finite(state | dict(step=4, name="x", steps=(1, 2), keys=torch.arange(3))) == ""
+    state["optimizer"]["state"][0]["exp_avg"][1] = bad
+    assert run.not_finite(state) == "optimizer.state.0.exp_avg"
+
+
+def test_a_file_system_without_links_keeps_the_checkpoint_before_by_copy(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    for step in (1, 2, 3):
+        run.save(tmp_path / "last.pt", dict(step=step), keep=True)
+    assert torch.load(tmp_path / "last.prev.pt")["step"] == 2 and torch.load(tmp_path / "last.pt")["step"] == 3
 
 
 def test_commit_is_unknown_where_there_is_no_git(monkeypatch):
