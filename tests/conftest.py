@@ -215,9 +215,11 @@ def refused(train, small, capsys):
     return run
 
 
-def encoder_file(path, **other):
+def encoder_file(path, step=0, **other):
     encoder = Swin3D(**NETWORK | other)
-    save(path, dict(format="s2dc/encoder", encoder=encoder.state_dict(), arguments=encoder.arguments))
+    content = dict(format="s2dc/encoder", encoder=encoder.state_dict(), arguments=encoder.arguments, step=step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(path, content)
     return encoder
 
 
@@ -246,6 +248,35 @@ def scans(tmp_path, monkeypatch):
         cfg = settings("btcv", finetune.Config, **usual | QUIET | keys)
         return data.open_scans(cfg, say=lambda *_: None), cfg
     return make
+
+
+SHAPE, SPACING = (64, 60, 56), (2.0, 2.5, 3.0)
+
+
+SPHERES = dict(feature_size=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), window_size=2)
+
+
+@pytest.fixture(scope="module")
+def spheres(tmp_path_factory):
+    """Two scans with three organs each, and x.py, a config of lab/probe.py and lab/figures.py that finds them."""
+    folder = tmp_path_factory.mktemp("spheres")
+    affine = np.diag([*SPACING, 1.0])
+    affine[:3, 3] = -50, -40, 100
+    x, y, z = np.indices(SHAPE)
+    for n in range(2):
+        label = np.zeros(SHAPE, np.uint8)
+        for k, (a, b, c, r) in enumerate(((20, 30, 28, 14), (44, 20, 20, 11), (42, 42, 40, 12)), 1):
+            label[(x - a - n) ** 2 + (y - b) ** 2 + (z - c) ** 2 < r ** 2] = k
+        body = (x - 32) ** 2 / 30 ** 2 + (y - 30) ** 2 / 29 ** 2 < 1
+        image = np.where(body, 60.0 * label, -1000) + np.random.default_rng(n).normal(0, 15, SHAPE)
+        for kind, voxels in (("image", image), ("label", label)):         # stored LPS: mm must not show it
+            nifti(folder / f"{kind}{n}.nii.gz", voxels, affine, "LPS")
+    keys = SPHERES | dict.fromkeys(QUIET, (0.0, 0.1)) | dict(
+        name="tiny", runs=f"{folder}/runs", cache=f"{folder}/cache", data=str(folder), workers=1,
+        image="image{id}.nii.gz", label="label{id}.nii.gz", crop=(64, 64, 64), crop_foreground=False,
+        rotation=(8.0, 8.0, 20.0), shift=(6.0, 6.0, 4.0), probe_share=0.3)
+    (folder / "x.py").write_text("".join(f"{key} = {value!r}\n" for key, value in keys.items()))
+    return folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------

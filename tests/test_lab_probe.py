@@ -1,12 +1,16 @@
 """lab/probe.py against scikit-learn, closed forms and brute force, and the command."""
 import itertools
+import json
 
 import numpy as np
 import pytest
 import torch
+from conftest import SPHERES, encoder_file
 from einops import rearrange
 from scipy import ndimage
 
+import configs
+import data
 from lab import probe
 
 
@@ -135,3 +139,62 @@ def test_overlapping_crops_give_the_most_central_token(size, crop, overlap, patc
             assert len(index) == 1 and min(index.item(), n - 1 - index.item()) == max(depths)
         place = rearrange(found[3 + axis], ("x y z -> x (y z)", "x y z -> y (x z)", "x y z -> z (x y)")[axis])
         assert (place == torch.arange(s // patch)[:, None] * patch + patch // 2).all()     # and it shows its own voxels
+
+
+# the command
+
+
+def cosine(a, b):
+    return np.dot(a, b) / np.sqrt(np.dot(a, a) * np.dot(b, b))
+
+
+def organ_tokens(encoder, scan):
+    """[(features, organ)], patch by patch."""
+    volume, label = scan.open()[0].astype(np.float32), scan.open("label")[0]
+    volume = np.pad(volume, [(0, 64 - s) for s in scan.shape], constant_values=volume.min())
+    maps, tokens = encoder(torch.from_numpy(volume)[None, None])[2][0].double().numpy(), []
+    for i, j, k in itertools.product(*[range(s // 8) for s in scan.shape]):
+        patch = label[8 * i:8 * i + 8, 8 * j:8 * j + 8, 8 * k:8 * k + 8]
+        share = [(patch == organ).mean() for organ in (1, 2, 3)]
+        if max(share) >= 0.3:
+            tokens.append((maps[:, i, j, k], 1 + int(np.argmax(share))))
+    return tokens
+
+
+@torch.no_grad()
+def test_command_scores_the_second_scan_by_the_first(spheres, tmp_path, capsys):
+    """Neighbours, found patches and the table, with loops over the tokens of the encoder's own maps."""
+    pytest.importorskip("sklearn")
+    file = str(tmp_path / "encoder.pt")
+    torch.manual_seed(2)
+    encoder = encoder_file(tmp_path / "encoder.pt", **SPHERES).eval()
+    argv = [str(spheres / "x.py"), "--slab=(64, 64, 64)", "--probe_limit=5000"]
+    probe.main([*argv, f"--checkpoint={file}", f"--out={tmp_path}"])
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    found = json.loads((tmp_path / "probe.json").read_text())["probe"]
+    assert list(found) == ["random", file]                                # random weights first
+    number, cfg = found[file], configs.load(probe.Config, argv)
+    scans = probe.probe_scans(cfg)
+    assert [scan.id for scan in scans] == ["0", "1"]
+    train, test = (organ_tokens(encoder, scan) for scan in scans)
+    right = {1: [], 2: [], 3: []}
+    for x, organ in test:
+        near = sorted(train, key=lambda other: -cosine(x, other[0]))[:20]
+        votes = [sum(other == k for _, other in near) for k in (1, 2, 3)]
+        right[organ].append(1 + int(np.argmax(votes)) == organ)
+    assert number["tokens"] == [len(train), len(test)] and number["linear"]["untrained"] == []
+    expected = np.mean([np.mean(each) for each in right.values()])
+    assert number["knn"]["balanced_accuracy"] == pytest.approx(expected, abs=0.01)
+    slabs = data.Slabs(scans[1:], cfg, 1, cfg.seed)
+    batch = data.collate([slabs.sample(scans[1], np.random.default_rng((cfg.seed, 0)))])
+    V, V_, _ = data.views(batch, cfg)
+    q, k = (rearrange(encoder(view)[2][0], "c x y z -> (x y z) c").numpy() for view in (V, V_))
+    valid, valid_ = (mask[0].numpy() for mask in data.tokens_inside(batch, (8, 8, 8), 8))
+    M = data.correspondence(batch["H"][0], (8, 8, 8), 8).numpy() & valid[:, None] & valid_
+    sim = np.array([[cosine(a, b) for b in k] for a in q])
+    nearest = np.where(valid_, sim, -2).argmax(1)
+    expected = sum(M[i, nearest[i]] for i in range(len(M))) / M.sum()
+    assert number["correspondence"] == pytest.approx(expected, abs=0.005)
+    row, = (columns for columns in table if columns and columns[0] == file)
+    linear, near = (number[kind]["balanced_accuracy"] for kind in ("linear", "knn"))
+    assert row[1:3] + row[-1:] == [f"{score:.3f}" for score in (linear, near, number["correspondence"])]
