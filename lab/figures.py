@@ -9,7 +9,6 @@ or "random". matplotlib and scikit-learn are imported where they are used.
 import dataclasses
 import functools
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +110,7 @@ class Shown:
         sample = data.Slabs([self.scan], whole, 1, whole.seed).sample
         batch = data.collate([sample(self.scan, np.random.default_rng(whole.seed))])
         V, V_, _ = data.views(batch, whole)
-        valid, valid_ = data.tokens_inside(batch, self.grid, self.patch)
+        valid, valid_ = batch["valid"], batch["valid_"]
         _, i, j = data.matches(batch["H"], self.grid, self.patch).T
         matches = torch.stack([i, j], 1)[valid[0, i] & valid_[0, j]]
         bright = F.avg_pool3d(V[0, :1], self.patch).flatten() > V[0, 0].mean()
@@ -635,4 +634,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run.program(main)

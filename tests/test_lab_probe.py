@@ -11,6 +11,7 @@ from scipy import ndimage
 
 import configs
 import data
+import pretrain
 from lab import probe
 
 
@@ -189,7 +190,7 @@ def test_command_scores_the_second_scan_by_the_first(spheres, tmp_path, capsys):
     batch = data.collate([slabs.sample(scans[1], np.random.default_rng((cfg.seed, 0)))])
     V, V_, _ = data.views(batch, cfg)
     q, k = (rearrange(encoder(view)[2][0], "c x y z -> (x y z) c").numpy() for view in (V, V_))
-    valid, valid_ = (mask[0].numpy() for mask in data.tokens_inside(batch, (8, 8, 8), 8))
+    valid, valid_ = batch["valid"][0].numpy(), batch["valid_"][0].numpy()
     M = data.correspondence(batch["H"][0], (8, 8, 8), 8).numpy() & valid[:, None] & valid_
     sim = np.array([[cosine(a, b) for b in k] for a in q])
     nearest = np.where(valid_, sim, -2).argmax(1)
@@ -197,4 +198,32 @@ def test_command_scores_the_second_scan_by_the_first(spheres, tmp_path, capsys):
     assert number["correspondence"] == pytest.approx(expected, abs=0.005)
     row, = (columns for columns in table if columns and columns[0] == file)
     linear, near = (number[kind]["balanced_accuracy"] for kind in ("linear", "knn"))
-    assert row[1:3] + row[-1:] == [f"{score:.3f}" for score in (linear, near, number["correspondence"])]
+    crops = number["crops"]["top1"]
+    assert row[1:3] + row[6:] == [f"{score:.3f}" for score in (linear, near, number["correspondence"], crops)] + ["-", "-"]
+
+
+def test_crops_are_recognised_among_the_twins_of_one_teacher(spheres, tmp_path):
+    """Student and teacher of a last.pt, by hand."""
+    argv = [str(spheres / "x.py"), "--slab=(64, 64, 64)", "--hidden=16", "--embedding=8", "--seed=1", f"--cache={tmp_path}"]
+    cfg = configs.load(probe.Config, argv)
+    scans, device = probe.probe_scans(cfg), torch.device("cpu")
+    torch.manual_seed(0)
+    student, teacher = pretrain.Network(cfg), pretrain.Network(cfg)
+    queue = pretrain.Queue(2, cfg.embedding, "cpu")
+    optimizer = torch.optim.AdamW(student.parameters())
+    pretrain.save_state(tmp_path / "last.pt", student, teacher, optimizer, queue, cfg, 1)
+    found = probe.crop_recognition(*probe.load_heads(tmp_path / "last.pt", cfg, device), scans, cfg, device, crops=6)
+    slabs, queries, keys = data.Slabs(scans, cfg, 1, 1), [], []
+    with torch.no_grad():
+        for n in range(6):
+            batch = data.collate([slabs.sample(scans[n % len(scans)], np.random.default_rng((1, 3, n)))])
+            V, _, twin = data.views(batch, cfg)
+            x, y, z = batch["crop"][0].tolist()
+            crop = V[:, :, x:x + cfg.crop[0], y:y + cfg.crop[1], z:z + cfg.crop[2]]
+            for network, volume, rows in ((student, crop, queries), (teacher, twin, keys)):
+                rows.append(network.global_head(network.encoder(volume)[-1].mean((2, 3, 4)))[0].numpy())
+    sim = np.array([[cosine(q, k) for k in keys] for q in queries])
+    assert found["top1"] == pytest.approx(np.mean(sim.argmax(1) == np.arange(6))) and found["top1_chance"] == pytest.approx(1 / 6)
+    terms = [np.log(np.exp(row / cfg.global_temperature).sum()) - row[n] / cfg.global_temperature for n, row in enumerate(sim)]
+    assert found["nce"] == pytest.approx(np.mean(terms), abs=1e-4)
+    assert probe.load_heads("random", cfg, device) is None
