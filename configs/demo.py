@@ -20,8 +20,7 @@ hidden = 256
 embedding = 64
 token_patch = 8                 # voxels, 8 x 8 x 8 tokens a slab
 momentum = 0.99                 # the teacher of a short run has to follow faster
-negatives = "both"
-queue = 50                      # keys, of the last 25 steps: a quarter of the time that the teacher looks back
+negatives = "step"
 
 rotation = (28.6, 28.6, 28.6)   # degrees about x y z
 scale = (0.85, 1.2)

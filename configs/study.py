@@ -28,9 +28,9 @@ rows = {
     "tokens of 16 voxels": {"token_patch": 16},
     "rotation in plane": {"rotation": (0, 0, 28.6)},
     "smaller moves": {"rotation": (10.0, 10.0, 10.0), "scale": (0.95, 1.05), "shift": (4.0, 4.0, 4.0)},
-    # Eq. 1: the queue, and the projectors before it
-    "queue of 16": {"queue": 16},
-    "queue of 1024": {"queue": 1024},
+    # Eq. 1: what a crop is told from, and the projectors before it
+    "a queue, as printed": {"negatives": "queue", "queue": 128},
+    "the step and a short queue": {"negatives": "both", "queue": 50},
     "projector of 64, embedding of 16": {"hidden": 64, "embedding": 16},
     "projector of 1024, embedding of 256": {"hidden": 1024, "embedding": 256},
     # Eq. 9: the weights of the losses

@@ -655,7 +655,7 @@ def test_four_steps_equal_the_same_written_out(place):
     """Slab, crop and twin, the terms, clipping, AdamW, its two rates of decay, the teacher and the queue, all by hand."""
     keys = dict(name="by_hand", steps=4, warmup=2, lr=2e-3, min_lr=1e-3, decay=0.5, clip=0.7, momentum=0.9, queue=5,
                 slab=(128, 64, 64), weights=(0.5, 1.0, 2.0), temperature=0.2, global_temperature=0.3, structure="mean",
-                structure_detach=False, v2=False)
+                structure_detach=False, v2=False, negatives="both")
     run, cfg = alone(place, **keys), config(place, **keys)
     assert len({tuple(start) for step in range(4) for start in batch_of(place, cfg, step)["crop"].tolist()}) == 2
     torch.manual_seed(cfg.seed)
@@ -701,7 +701,7 @@ def test_four_steps_equal_the_same_written_out(place):
     assert clear > 2000
 
 
-ABLATIONS = [dict(weights=(1, 0, 0)), dict(negatives="queue"), dict(negatives="step", tokens="inside"), dict(weights=(0, 1, 0)), dict(matching="sinkhorn", sinkhorn_iterations=10),
+ABLATIONS = [dict(weights=(1, 0, 0)), dict(negatives="queue"), dict(negatives="both", tokens="inside"), dict(weights=(0, 1, 0)), dict(matching="sinkhorn", sinkhorn_iterations=10),
              dict(structure="printed"), dict(structure="mean"), dict(structure="released"), dict(token_patch=16)]
 
 
