@@ -154,9 +154,8 @@ def _read_nifti(path):
     if kind.names or kind.kind == "c":
         raise VolumeError(f"{path}: voxels are {'RGB' if kind.names else 'complex'} ({kind}), "
                           "expected one real number per voxel")
-    unit = image.header.get_xyzt_units()[0]
     affine = image.affine.copy()
-    affine[:3] *= {"meter": 1000.0, "micron": 0.001}.get(unit, 1.0)     # to mm
+    affine[:3] *= {1: 1000.0, 3: 0.001}.get(int(image.header["xyzt_units"]) & 7, 1.0)    # m, microns to mm
     shape = _check_header(path, image.shape, affine)
     start = int(image.dataobj.offset)
     if start < 0:

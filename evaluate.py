@@ -238,7 +238,7 @@ def write_prediction(folder, scan, ready, cfg):
         image.set_data_dtype(image.dataobj.dtype)
         image.header["descrip"], image.header["cal_min"], image.header["cal_max"] = b"", 0, 0
         image.header.set_slope_inter(1, 0)
-        image.header.set_xyzt_units("mm", image.header.get_xyzt_units()[1])     # as the affine is
+        image.header.set_xyzt_units("mm")                           # as the affine is
         name = f"{scan.id}_{k}.nii.gz" if len(arrays) > 1 else f"{scan.id}.nii.gz"
         with configs.replacing(folder / name) as aside:
             aside.write_bytes(gzip.compress(image.to_bytes(), 1, mtime=0))

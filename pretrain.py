@@ -224,6 +224,7 @@ def check(cfg, ranks):
          f"crop = {cfg.crop}, expected multiples of 32, at least 64"),
         (all(s >= c > 0 and s % c == 0 for s, c in zip(cfg.slab, cfg.crop)),
          f"slab = {cfg.slab} is not tiled by crops of {cfg.crop}"),
+        (min(cfg.hidden, cfg.embedding) > 0, "hidden and embedding must be above 0"),
         (cfg.tokens in ("body", "inside"), f"tokens = {cfg.tokens!r}, expected 'body' or 'inside'"),
         (cfg.negatives in ("step", "queue", "both"),
          f"negatives = {cfg.negatives!r}, expected 'step', 'queue' or 'both'"),

@@ -93,6 +93,8 @@ def check_training(cfg, ranks):
          "warmup, min_lr, decay and seed must not be below 0"),
         (not cfg.init or Path(cfg.init).is_file(), f"init = {cfg.init!r}, no such file"),
         (0 < cfg.scale[0] <= cfg.scale[1], f"scale = {cfg.scale}, expected (least, largest), both above 0"),
+        (min(cfg.in_channels, cfg.feature_size, cfg.window_size, *cfg.depths, *cfg.num_heads) > 0,
+         "in_channels, feature_size, window_size, depths and num_heads must be above 0"),
         (0 <= cfg.workers <= 256, f"workers = {cfg.workers}, expected 0 to 256"),
     ])
 

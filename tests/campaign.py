@@ -38,7 +38,6 @@ import finetune
 import pretrain
 import tasks
 from model import Swin3D, WeightsError, load_weights
-from run import save
 
 TINY = dict(slab=(64, 64, 64), crop=(64, 64, 64), feature_size=4, num_heads=(1, 1, 1, 1), depths=(1, 1, 1, 1), window_size=4,
             hidden=16, embedding=8, queue=7, batch=2, warmup=1, workers=0, log_every=1, save_every=2, steps=6)
@@ -239,7 +238,7 @@ def checkpoint(folder, rng):
     elif kind > 0.6:
         content[rng.choice(sorted(content))] = rng.choice(JUNK)
     path = folder / "encoder.pt"
-    save(path, content)
+    torch.save(content, path)
     if kind < 0.6:
         raw = bytearray(path.read_bytes())
         if kind < 0.5:
