@@ -1,6 +1,7 @@
 """From files on disk to tensors on the device: read, check, preprocess, cache, sample, move, match, jitter.
 
-Also a program: `python data.py configs/x.py` checks all files of a config, prints a summary, fills the cache.
+Also a program: `python data.py configs/x.py` checks all files of a config, prints a summary, fills the cache;
+`python data.py --plan="folder/*.nii.gz"` writes such a config, see plan.py.
 
 Points are in voxel units, voxel centres at integers; patch k of edge p has its centre at (k + 1/2) p - 1/2.
 H is a 4x4 matrix that sends a point of V to the point of V' that shows the same tissue. Volumes are RAS+.
@@ -18,6 +19,7 @@ import math
 import multiprocessing
 import os
 import re
+import runpy
 import shutil
 import sys
 import threading
@@ -84,6 +86,17 @@ def read_volume(path, label=False):
     return np.ascontiguousarray(voxels), spacing_of(affine), affine
 
 
+def read_header(path):
+    """(shape (3,), spacing (3,) mm) of a scan in RAS+ order: from the header alone where it is NIfTI."""
+    if str(path).endswith((".nii", ".nii.gz")):
+        _, affine, shape = _open_nifti(Path(path))
+        orientation = nib.io_orientation(affine)
+        shape = np.array(shape)[np.argsort(orientation[:, 0])]
+        return shape, spacing_of(affine @ nib.orientations.inv_ornt_aff(orientation, tuple(shape)))
+    voxels, spacing, _ = read_volume(path)
+    return np.array(voxels.shape), spacing
+
+
 def read_stored(path, label=False):
     """As read_volume, but (voxels, affine) in the axis order of the file: for writing results beside it."""
     path = Path(path)
@@ -145,18 +158,24 @@ def plausible(lengths):
     return 0.01 <= min(lengths) and max(lengths) <= 100
 
 
-def _read_nifti(path):
+def _open_nifti(path):
+    """The image of nibabel, not yet read, its affine in mm, and its checked shape."""
     try:
         image = nib.load(path)
     except Exception as error:
         raise VolumeError(f"{path}: not a readable NIfTI file ({_one_line(error)})") from None
-    kind, count = image.get_data_dtype(), math.prod(image.shape)
+    kind = image.get_data_dtype()
     if kind.names or kind.kind == "c":
         raise VolumeError(f"{path}: voxels are {'RGB' if kind.names else 'complex'} ({kind}), "
                           "expected one real number per voxel")
     affine = image.affine.copy()
     affine[:3] *= {1: 1000.0, 3: 0.001}.get(int(image.header["xyzt_units"]) & 7, 1.0)    # m, microns to mm
-    shape = _check_header(path, image.shape, affine)
+    return image, affine, _check_header(path, image.shape, affine)
+
+
+def _read_nifti(path):
+    image, affine, shape = _open_nifti(path)
+    kind, count = image.get_data_dtype(), math.prod(shape)
     start = int(image.dataobj.offset)
     if start < 0:
         raise VolumeError(f"{path}: the voxels begin at byte {start} by the header, expected 0 or more")
@@ -1264,7 +1283,10 @@ def main(argv):
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        if any(arg.startswith("--plan") for arg in sys.argv[1:]):
+            runpy.run_path(str(Path(__file__).with_name("plan.py")), run_name="__main__")
+        else:
+            main(sys.argv[1:])
     except KeyboardInterrupt:
         print("stopped; the same command goes on from there")
         sys.exit(130)

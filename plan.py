@@ -1,0 +1,215 @@
+"""A config for scans that the project has never seen: `python data.py --plan="my_ct/*.nii.gz"`.
+
+Reads all headers and the voxels of a few scans, and writes configs/<folder>.py, every choice with its reason
+and what it is unsure of; then measures a step of it on this machine (--time=False leaves that out). Nothing
+that it writes is final: it is a file of plain assignments.
+"""
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import configs
+import data
+
+
+@dataclasses.dataclass
+class Config:
+    plan: str | tuple = ()          # glob patterns below the data root, or a folder of scans
+    data: str = "data"              # root of the patterns; or S2DC_DATA, or where the pattern fits from here
+    out: str = ""                   # the config, default configs/<folder of the first pattern>.py
+    look: int = 8                   # scans whose voxels are read, evenly spread
+    time: bool = True               # measure memory and seconds of a step
+
+
+def main(argv):
+    cfg = configs.load(Config, argv)
+    patterns, root = rooted(cfg)
+    out = Path(cfg.out or f"configs/{plain_name(patterns[0])}.py")
+    if out.exists():
+        raise SystemExit(f"{out}: there is such a config already; give --out=another.py")
+    cases = data.find_cases(data.Config(data=str(root), scans=patterns))
+    headers, reasons = looked_at(cases)
+    if not headers:
+        raise SystemExit(f"none of the {len(cases)} scans can be read")
+    some = headers[::max(1, len(headers) // cfg.look)][:cfg.look]
+    samples = [described(path) for path, _, _ in some]
+    text = written(out.stem, root, patterns, headers, samples)
+    if reasons:
+        text += f"exclude = {tuple(name for name, _ in reasons)}    # cannot be read\n"
+    with configs.replacing(out) as aside:
+        aside.write_text(text)
+    print(text)
+    print(f"written: {out}; next: python data.py {out}")
+    if cfg.time:
+        print(timed(out, root, [path for path, _, _ in some[:2]]))
+
+
+def rooted(cfg):
+    """Patterns below a root, and that root: cfg.data, or the folder in which a pattern fits as it stands."""
+    root, patterns = Path(cfg.data), []
+    for pattern in data.several(cfg.plan):
+        folder = (root / pattern).is_dir() or Path(pattern).is_dir()
+        patterns.append(f"{pattern.rstrip('/')}/*.nii*" if folder else pattern)
+    if not any(root.glob(patterns[0].lstrip("/"))) or patterns[0].startswith("/"):
+        fixed = Path(re.split(r"[{*?\[]", patterns[0])[0])
+        root = fixed if patterns[0].startswith(f"{fixed}/") else fixed.parent
+        if not root.is_dir():
+            raise SystemExit(f"plan = {patterns[0]!r}: found neither below {cfg.data} nor from here")
+        root, patterns = root.parent, [str(Path(p).relative_to(root.parent)) for p in patterns]
+    return tuple(patterns), root
+
+
+def plain_name(pattern):
+    """A name for the config from the folders of a pattern."""
+    parts = [part for part in Path(pattern).parts[:-1] if not re.search(r"[*?\[{]", part)]
+    return re.sub(r"\W+", "_", (parts or ["my_scans"])[0].lower())
+
+
+def looked_at(cases):
+    """[(path, shape, spacing)] of the cases, RAS+, from their headers, [(id, reason)] of what is no scan."""
+    headers, reasons = [], []
+    for case in cases:
+        try:
+            headers.append((case["images"][0], *data.read_header(case["images"][0])))
+        except data.VolumeError as error:
+            print(f"unusable  {error}")
+            reasons.append((case["id"], str(error)))
+    return headers, reasons
+
+
+def described(path):
+    """What the voxels of one scan say: least, largest, tail (99.9th over 90th percentile of its tissue), and
+    box, the share along x y z that its tissue takes."""
+    voxels, _, _ = data.read_volume(path)
+    few = voxels[::2, ::2, ::2]
+    low, high = np.percentile(few, [2, 98])
+    threshold = low + 0.1 * (high - low)
+    tissue = few[few > threshold]
+    most, nearly = np.percentile(tissue, [99.9, 90])
+    body = voxels > (max(threshold, -500) if low < -500 else threshold)
+    along = [np.flatnonzero(body.any(axes)) for axes in ((1, 2), (0, 2), (0, 1))]
+    box = [(np.ptp(places) + 1) / n for places, n in zip(along, voxels.shape)]
+    tail = float(most / max(nearly, 1e-6))
+    return dict(least=float(few.min()), largest=float(few.max()), tail=tail, box=box)
+
+
+def modality_of(samples):
+    """("CT", "MRI" or "PET", why, what is unsure)."""
+    keys = "least", "largest", "tail"
+    least, largest, tail = (float(np.median([s[key] for s in samples])) for key in keys)
+    values = f"values from {least:.4g} to {largest:.4g}"
+    if least <= -500:
+        return "CT", f"{values}: Hounsfield units", ""
+    if least < 0:
+        return "CT", values, "CT cut off below? Of MRI or PET, intensity and foreground would be wrong"
+    unsure = "" if not 1.7 < tail < 2.8 else f"PET or MRI: the tail of {tail:.1f} is near the border of 2.2"
+    said = f"{values}, the 99.9th percentile of tissue {tail:.1f} times its 90th"
+    if tail > 2.2:
+        return "PET", f"{said}: hot spots", unsure
+    return "MRI", f"{said}: no hot spots", unsure
+
+
+def sizes(boxes):
+    """slab, crop, token_patch and the share of the slab that boxes (n, 3) in voxels fill."""
+    median = np.median(boxes, axis=0)
+    for edge in (96, 64):
+        crop = np.array([edge] * 3)
+        slab = np.minimum(np.maximum(np.floor(median / edge), 1) * edge, [384, 384, 192]).astype(int)
+        share = float((np.minimum(boxes, slab) / slab).prod(1).mean())
+        if share > 0.6:
+            break
+    tokens = {patch: int(np.prod(slab // patch)) for patch in (8, 16, 32)}
+    patch = next((p for p, count in tokens.items() if count <= 4096), 32)
+    return tuple(slab.tolist()), tuple(crop.tolist()), patch, tokens[patch], share
+
+
+def intensity_of(modality, largest):
+    """Lines of the config on what a value means."""
+    if modality == "CT":
+        return ['intensity = "window"            # CT has an absolute unit',
+                "window = (-1000.0, 1000.0)      # HU; for soft tissue alone (-175.0, 250.0)",
+                "foreground = -500.0             # HU, body against air"]
+    if modality == "MRI":
+        return ['intensity = "zscore"            # MRI has no unit',
+                'zscore_over = "robust"          # of the foreground, without its extremes',
+                "foreground = 0.0                # what lies at 0 or below is cut away and not counted"]
+    unit, high = ("SUV", 5.0) if largest < 100 else ("Bq/ml", float(f"{largest / 4:.1g}"))
+    return [f'intensity = "scale"             # keeps the unit, clips nothing; {unit}, by the largest value',
+            f"window = (0.0, {high})            # what becomes 0 and 1", "foreground = 0.0"]
+
+
+SMALL = """\
+# no GPU here: a smaller network than the paper's (feature_size 48, num_heads 3 6 12 24), or it takes weeks
+feature_size = 12
+num_heads = (1, 2, 4, 8)
+window_size = 4
+hidden = 256
+embedding = 64
+momentum = 0.99                 # the teacher of a short run has to follow faster
+steps = 1000
+warmup = 100
+lr = 1e-3
+save_every = 100"""
+
+
+def written(name, root, patterns, headers, samples):
+    """The text of the config."""
+    shapes, spacings = (np.array([header[k] for header in headers]) for k in (1, 2))
+    body = shapes * spacings * np.mean([s["box"] for s in samples], axis=0)     # mm
+    modality, why, unsure = modality_of(samples)
+    middle, spread = np.median(spacings, axis=0), (spacings.max(0) / spacings.min(0)).max()
+    shown = ", ".join(f"{a:.3g} to {b:.3g}" for a, b in zip(spacings.min(0), spacings.max(0)))
+    finer = np.minimum(middle, np.median(body, axis=0) / 64)
+    spacing, reason = "()", "each scan's own: they are alike"
+    if spread > 1.5 or (finer < middle).any():
+        spacing = tuple(float(f"{v:.3g}") for v in finer)
+        reason = "the median" if spread > 1.5 else "finer than the scans' own"
+        if (finer < middle).any():
+            reason += ", small enough for a crop of 64 to be filled"
+    boxes = body / (spacings if spacing == "()" else finer)
+    slab, crop, patch, tokens, share = sizes(boxes)
+    size = " x ".join(f"{v:.0f}" for v in np.median(boxes, axis=0))
+    lines = [f'"""{len(headers)} scans, planned from their headers and the voxels of {len(samples)}.', "",
+             f"    python data.py configs/{name}.py       checks all, fills the cache",
+             f"    python pretrain.py configs/{name}.py", '"""', f"# {modality}: {why}",
+             *([f"# UNSURE: {unsure}"] if unsure else []), f"name = {name!r}", f"dataset = {name!r}",
+             f"data = {str(root)!r}", f"scans = {patterns!r}",
+             *intensity_of(modality, float(np.median([s["largest"] for s in samples]))),
+             f"# mm along x y z: {shown}", f"spacing = {spacing}     # {reason}",
+             f"# the median body is {size} voxels; bodies fill {share:.0%} of the slab",
+             *(["# UNSURE: that is little, the rest is padding"] if share < 0.5 else []),
+             f"slab = {slab}", f"fill_share = {min(0.3, round(0.8 * share, 2))}", f"crop = {crop}",
+             f"token_patch = {patch}                 # {tokens} tokens a slab",
+             f"shift = {tuple(round(n / 16, 1) for n in slab)}       # voxels; a sixteenth of the slab",
+             "# UNSURE: flips are off, for sides have names; and are the scans tilted more than `rotation`?",
+             *([] if torch.cuda.is_available() else [SMALL]),
+             "batch = 2                       # L_g tells a crop from the others of the step"]
+    return "\n".join(lines) + "\n"
+
+
+def timed(config, root, files):
+    """A line on memory and seconds of a step, of two scans in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        scans = tuple(str(Path(file).relative_to(root)) for file in files)
+        command = [sys.executable, str(Path(__file__).with_name("pretrain.py")), str(config),
+                   f"--scans={scans!r}", f"--data={root}", "--exclude=()", "--fill_share=0",
+                   f"--runs={folder}", f"--cache={folder}/cache", "--name=plan", "--steps=3", "--warmup=1",
+                   "--log_every=1"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            return f"a step could not be measured: {done.stderr.strip().splitlines()[-1]}"
+        lines = [json.loads(line) for line in Path(folder, "plan/log.jsonl").read_text().splitlines()]
+        last = lines[-1]
+    batch = int(re.search(r"^batch = (\d+)", Path(config).read_text(), re.MULTILINE)[1])
+    return f"a step takes {batch / last['slabs_per_s']:.1f} s and {last['memory_gb']:.2f} GB on this machine"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,96 @@
+"""plan.py: on phantoms of three modalities, on broken folders, and on real scans where they are at hand."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+import configs
+import data
+import plan
+import pretrain
+from lab import phantom
+
+ROOT = Path(plan.__file__).parent
+REAL = os.environ.get("S2DC_REAL_DATA")
+
+
+@pytest.fixture(autouse=True)
+def no_root_from_outside(monkeypatch):
+    monkeypatch.delenv("S2DC_DATA", raising=False)
+
+
+def planned(tmp_path, pattern, **keys):
+    """What the plan's config says, read as pretrain.py reads it."""
+    out = tmp_path / "planned.py"
+    plan.main([f"--plan={pattern}", f"--out={out}", *(f"--{key}={value}" for key, value in (dict(time=False) | keys).items())])
+    return configs.load(pretrain.Config, [str(out)]), out.read_text()
+
+
+@pytest.mark.parametrize("modality, intensity", [("ct", "window"), ("mri", "zscore"), ("pet", "scale")])
+def test_a_plan_knows_the_modality_and_fills_its_slab(tmp_path, modality, intensity):
+    phantom.write(tmp_path / "scans", range(3), modality=modality, size=64)
+    files = sorted((tmp_path / "scans").rglob("*.nii.gz"))
+    images = [file for file in files if "images" in str(file) and "_t2" not in file.name and "_low" not in file.name]
+    (tmp_path / "my_set").mkdir()
+    for file in images:
+        shutil.copy(file, tmp_path / "my_set")
+    cfg, text = planned(tmp_path, tmp_path / "my_set")              # a folder alone
+    assert cfg.intensity == intensity and f"# {modality.upper()}: values from" in text
+    scans = data.open_scans(cfg.__class__(**vars(cfg) | dict(cache=str(tmp_path / "cache"))), say=lambda *_: None)
+    assert len(scans) == len(images) and pretrain.check(cfg, 1) is None and pretrain.check_fill(scans, cfg) is None
+
+
+def test_a_plan_leaves_out_what_cannot_be_read_and_writes_over_nothing(tmp_path, capsys):
+    phantom.write(tmp_path / "scans", range(2), size=64)
+    folder = tmp_path / "scans/imagesTr"
+    (folder / "broken.nii.gz").write_bytes(b"no scan")
+    cfg, _ = planned(tmp_path, f"{folder}/*.nii.gz")
+    assert len(data.find_cases(cfg)) == 2 and "unusable" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="planned.py: there is such a config already"):
+        planned(tmp_path, f"{folder}/*.nii.gz")
+    with pytest.raises(SystemExit, match="found neither below data nor from here"):
+        planned(tmp_path / "new", tmp_path / "nowhere/at/all/*.nii.gz")
+
+
+def test_boxes_decide_slab_crop_and_patch():
+    assert plan.sizes(np.array([[400, 390, 100]] * 3)) == ((384, 384, 96), (96, 96, 96), 16, 3456, 1.0)
+    slab, crop, patch, tokens, share = plan.sizes(np.array([[70, 66, 64], [64, 64, 32]]))
+    assert (slab, crop, patch, tokens, share) == ((64, 64, 64), (64, 64, 64), 8, 512, 0.75)
+
+
+def test_headers_alone_give_shape_and_spacing(tmp_path):
+    import nibabel as nib
+    affine = np.array([[0, 0, 3.0, 1], [-1.5, 0, 0, 2], [0, 2.0, 0, 3], [0, 0, 0, 1]])
+    voxels = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(10, 12, 14)), 1)
+    nib.save(nib.Nifti1Image(voxels, affine), tmp_path / "a.nii.gz")
+    read, spacing, _ = data.read_volume(tmp_path / "a.nii.gz")
+    shape, found = data.read_header(tmp_path / "a.nii.gz")
+    assert tuple(shape) == read.shape == (14, 10, 12)
+    np.testing.assert_allclose(found, spacing)
+
+
+def test_the_command_writes_a_config_and_times_a_step_of_it(tmp_path):
+    phantom.write(tmp_path / "scans", range(2), size=64)
+    command = [sys.executable, str(ROOT / "data.py"), "--plan=scans/imagesTr/*.nii.gz", f"--data={tmp_path}", "--out=mine.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | dict(CUDA_VISIBLE_DEVICES=""))
+    assert done.returncode == 0, done.stderr
+    assert "written: mine.py" in done.stdout and " GB on this machine" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.skipif(not REAL, reason="S2DC_REAL_DATA is not set")
+@pytest.mark.parametrize("folder, sign", [("ct", "# CT: "), ("mri", "# MRI: "), ("pet", "# PET: ")])
+def test_real_scans(tmp_path, folder, sign):
+    cfg, text = planned(tmp_path, Path(REAL) / folder)
+    assert sign in text and pretrain.check(cfg, 1) is None
+
+
+@pytest.mark.skipif(not REAL, reason="S2DC_REAL_DATA is not set")
+@pytest.mark.parametrize("kind, sign", [("CT", "# CT: "), ("MR_T1", "# MRI: "), ("PET", "# PET: ")])
+def test_real_sarcomas(tmp_path, kind, sign):
+    _, text = planned(tmp_path, f"{REAL}/ibsi_validation/nifti/*/{kind}_image.nii.gz")
+    assert sign in text and "UNSURE: PET or MRI" not in text
