@@ -1,11 +1,10 @@
-"""lab/sarcoma.py: small patients as NIfTI files whose voxels say where they lie; nibabel is the independent reader."""
+"""lab/sarcoma.py: small patients as NIfTI files whose voxels say where they lie; nibabel reads them back."""
 import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -20,6 +19,7 @@ NAMES = {"ct": "CT", "t1": "MR_T1", "pet": "PET"}
 SPACING = {"ct": (4, 4, 8), "t1": (4, 4, 8), "pet": (6, 6, 8)}
 NAMED = [number for numbers in sarcoma.PARTS.values() for number in numbers]
 PATIENTS = sorted({*NAMED, "002", "006", "009", "010"})
+WRITTEN = sorted({*PATIENTS} - {*sarcoma.PARTS["reserved"]})
 LACKS = {"006": ["ct"], "009": ["ct", "t1"]}            # as in the public part: not every scan is there
 
 
@@ -64,10 +64,12 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ran(source, tmp_path_factory):
     """(what was written, what was printed); for once T1 and CT fit without a look at them."""
-    out = tmp_path_factory.mktemp("data") / "sarcoma"
+    out, lines = tmp_path_factory.mktemp("data") / "sarcoma", []
+
+    def say(*words, sep=" ", **_):
+        lines.append(sep.join(map(str, words)))
     with pytest.MonkeyPatch.context() as patch:
-        lines = []
-        patch.setattr(sarcoma, "print", lambda *words, sep=" ", **_: lines.append(sep.join(map(str, words))), raising=False)
+        patch.setattr(sarcoma, "print", say, raising=False)
         patch.setattr(sarcoma, "fit", lambda t1, ct: dict(fits=True, why=""))
         sarcoma.main([str(source), str(out)])
     return out, "\n".join(lines)
@@ -78,14 +80,17 @@ def load(path):
     return np.asarray(image.dataobj), image.affine
 
 
-def pairs_of(source, out):
+@pytest.fixture(scope="module")
+def pairs(source, ran):
     """(number, modality, source's image and mask, written image and mask), each with its affine."""
-    for number, modality in itertools.product(sorted({*PATIENTS} - {*sarcoma.PARTS["reserved"]}), NAMES):
+    found = []
+    for number, modality in itertools.product(WRITTEN, NAMES):
         if modality not in LACKS.get(number, ()):
-            folder = source / f"ibsi_validation/nifti/STS_{number}"
-            yield number, modality, *[load(path) for path in (
-                folder / f"{NAMES[modality]}_image.nii.gz", folder / f"{NAMES[modality]}_mask.nii.gz",
-                out / modality / f"imagesTr/sts_{number}.nii.gz", out / modality / f"labelsTr/sts_{number}.nii.gz")]
+            name = f"ibsi_validation/nifti/STS_{number}/{NAMES[modality]}"
+            paths = [source / f"{name}_image.nii.gz", source / f"{name}_mask.nii.gz",
+                     *sarcoma.paths(ran[0], modality, number)]
+            found.append((number, modality, *map(load, paths)))
+    return found
 
 
 # ---- the split
@@ -100,18 +105,17 @@ def test_the_lists_name_every_written_scan_once_and_no_reserved_patient(ran):
     out, said = ran
     split = json.loads((out / "split.json").read_text())
     parts = [split[name] for name in ("train", "val", "test")]
-    assert sorted(sum(parts, [])) == [f"sts_{n}" for n in PATIENTS if n not in sarcoma.PARTS["reserved"]]
+    assert sorted(sum(parts, [])) == [f"sts_{number}" for number in WRITTEN]
     assert split["train"] == ["sts_002", "sts_006", "sts_009", "sts_010"] and len(split["reserved"]) == 10
     assert not [path for path in out.rglob("sts_*") if path.name[4:7] in sarcoma.PARTS["reserved"]]
     for modality, count in (("ct", 2), ("t1", 3), ("pet", 4)):
-        content = json.loads((out / modality / "dataset.json").read_text())
-        named = []
+        content, named = json.loads((out / modality / "dataset.json").read_text()), []
         for name, ids in zip(("training", "validation", "test"), parts):
             for entry in content[name]:
-                assert Path(entry["image"]).name == Path(entry["label"]).name
-                assert (out / modality / entry["image"]).is_file() and (out / modality / entry["label"]).is_file()
-                assert Path(entry["image"]).name[:7] in ids
-                named.append(Path(entry["image"]).name)
+                image, label = (out / modality / entry[kind] for kind in ("image", "label"))
+                assert image.is_file() and label.is_file() and image.name == label.name
+                assert image.name[:7] in ids
+                named.append(image.name)
         assert sorted(named) == sorted(path.name for path in (out / modality / "imagesTr").iterdir())
         assert content["numTraining"] == count and content["labels"] == {"0": "background", "1": "tumour"}
         assert f"{count} train   3 val  14 test" in said
@@ -127,38 +131,41 @@ def test_margins_follow_from_the_number_alone():
     np.testing.assert_allclose(drawn[0], [[25.5911, 47.5232, 7.2080], [47.4325, 15.5916, 21.1663]], atol=1e-4)
 
 
-def test_every_modality_of_a_patient_is_cut_to_one_box(source, ran):
-    """By brute force over all voxel centres: the tumour's outer edges in any modality, 5 cm more, less the margins."""
-    found = list(pairs_of(source, ran[0]))
-    for number in {number for number, *_ in found}:
-        edges = []
-        for _, _, _, (mask, affine), _, _ in [f for f in found if f[0] == number]:
-            for step in itertools.product((-0.5, 0.5), repeat=3):
-                edges.append((np.argwhere(mask) + step) @ affine[:3, :3].T + affine[:3, 3])
+def marked(mask, affine):
+    """(n, 3) mm of the voxels of a mask."""
+    return np.argwhere(mask) @ affine[:3, :3].T + affine[:3, 3]
+
+
+def points(mm):
+    return {*map(tuple, mm.round(2))}
+
+
+def test_every_modality_of_a_patient_is_cut_to_one_box(pairs):
+    """By brute force over voxel centres: the tumour's edges in any modality, 5 cm more, less margins."""
+    for number in WRITTEN:
+        mine, edges = [pair[1:] for pair in pairs if pair[0] == number], []
+        for _, _, (mask, affine), *_ in mine:
+            corners = np.array(list(itertools.product((-0.5, 0.5), repeat=3))) @ affine[:3, :3].T
+            edges += [marked(mask, affine) + corner for corner in corners]
         edges, margins = np.concatenate(edges), sarcoma.margins(number)
         low, high = edges.min(0) - 50 + margins[0], edges.max(0) + 50 - margins[1]
-        for _, modality, (image, affine), _, (small, small_affine), _ in [f for f in found if f[0] == number]:
-            mm = places(image.shape, affine).reshape(-1, 3)
-            inside = ((mm >= low) & (mm <= high)).all(1)
-            kept = places(small.shape, small_affine).reshape(-1, 3)
-            assert {*map(tuple, mm[inside].round(2))} == {*map(tuple, kept.round(2))}, (number, modality)
-    assert sum(f[2][0].size for f in found) > 1.5 * sum(f[4][0].size for f in found)
+        for modality, (image, affine), _, (small, small_affine), _ in mine:
+            mm, kept = places(image.shape, affine), places(small.shape, small_affine)
+            inside = ((mm >= low) & (mm <= high)).all(-1)
+            assert points(mm[inside]) == points(kept.reshape(-1, 3)), (number, modality)
+    assert sum(pair[2][0].size for pair in pairs) > 1.5 * sum(pair[4][0].size for pair in pairs)
 
 
-def test_the_tumour_is_never_cut_and_every_voxel_stays_where_it_was(source, ran):
-    for number, modality, (image, _), (mask, affine), (small, small_affine), (label, label_affine) in pairs_of(source, ran[0]):
+def test_the_tumour_is_never_cut_and_every_voxel_stays_where_it_was(pairs, ran):
+    for _, modality, _, (mask, affine), (small, small_affine), (label, label_affine) in pairs:
         assert label.dtype == np.uint8 and set(np.unique(label)) == {0, 1} and small.dtype == np.float32
         np.testing.assert_allclose(small, worth(modality, places(small.shape, small_affine)), atol=1e-3)
         assert np.array_equal(small_affine, label_affine) and small.shape == label.shape
         assert nib.aff2axcodes(small_affine) == nib.aff2axcodes(affine)
-        marked = [np.argwhere(m) @ a[:3, :3].T + a[:3, 3] for m, a in ((mask, affine), (label, label_affine))]
-        assert {*map(tuple, marked[0].round(2))} == {*map(tuple, marked[1].round(2))}
-
-
-def test_the_header_says_scanner_coordinates_both_ways(ran):
-    image = nib.load(ran[0] / "pet/imagesTr/sts_001.nii.gz")
-    assert image.header["sform_code"] == image.header["qform_code"] == 1 and image.header.get_xyzt_units()[0] == "mm"
-    np.testing.assert_allclose(image.get_sform(), image.get_qform(), atol=1e-4)
+        assert points(marked(mask, affine)) == points(marked(label, label_affine))
+    header = nib.load(ran[0] / "pet/imagesTr/sts_001.nii.gz").header        # scanner coordinates, both ways
+    assert header["sform_code"] == header["qform_code"] == 1 and header.get_xyzt_units()[0] == "mm"
+    np.testing.assert_allclose(header.get_sform(), header.get_qform(), atol=1e-4)
 
 
 def test_an_oblique_scan_keeps_all_of_the_box_and_its_place():
@@ -166,37 +173,36 @@ def test_an_oblique_scan_keeps_all_of_the_box_and_its_place():
     turn[:3, :3] = np.array([[0.96, -0.28, 0], [0.28, 0.96, 0], [0, 0, 1]]) @ np.diag([3, -3, 4])
     turn[:3, 3] = 11, -7, 5
     mm = places((40, 40, 30), turn)
-    centre = mm[20, 20, 15]
-    mask = np.linalg.norm(mm - centre, axis=-1) < 20
+    mask = np.linalg.norm(mm - mm[20, 20, 15], axis=-1) < 20
     scan = sarcoma.Scan(worth("ct", mm), mask, turn)
     box = sarcoma.world_box("007", {"ct": scan})
     small = sarcoma.trim(scan, box)
     at = places(small.mask.shape, small.affine)
     np.testing.assert_allclose(small.voxels, worth("ct", at), atol=1e-9)
     assert small.mask.sum() == mask.sum() and small.mask.size < mask.size
-    inside = ((at >= box[0]) & (at <= box[1])).all(-1).sum()
-    assert inside == ((mm >= box[0]) & (mm <= box[1])).all(-1).sum() > 0
+    inside, before = (((p >= box[0]) & (p <= box[1])).all(-1).sum() for p in (at, mm))
+    assert inside == before > 0
 
 
 # ---- several modalities
 
 def test_multi_lies_on_the_grid_of_t1(source, ran):
     out, _ = ran
-    numbers = {path.name[4:7] for path in (out / "multi").iterdir()}
-    assert numbers == {*PATIENTS} - {*sarcoma.PARTS["reserved"], *LACKS} and len(list((out / "multi").iterdir())) == 4 * len(numbers)
+    numbers = {*WRITTEN} - {*LACKS}
+    names = {f"sts_{n}_{name}.nii.gz" for n in numbers for name in (*NAMES, "label")}
+    assert {path.name for path in (out / "multi").iterdir()} == names
     for number in numbers:
-        t1, grid = load(out / f"t1/imagesTr/sts_{number}.nii.gz")
-        for name, same in (("t1", t1), ("label", load(out / f"t1/labelsTr/sts_{number}.nii.gz")[0])):
-            array, affine = load(out / f"multi/sts_{number}_{name}.nii.gz")
-            assert np.array_equal(array, same) and np.array_equal(affine, grid)
+        files = {name: load(out / f"multi/sts_{number}_{name}.nii.gz") for name in (*NAMES, "label")}
+        (t1, grid), (label, _) = map(load, sarcoma.paths(out, "t1", number))
         mm = places(t1.shape, grid)
+        assert all(np.array_equal(affine, grid) for _, affine in files.values())
+        assert np.array_equal(files["t1"][0], t1) and np.array_equal(files["label"][0], label)
         for name in ("ct", "pet"):
             whole, own = load(source / f"ibsi_validation/nifti/STS_{number}/{NAMES[name]}_image.nii.gz")
             at = (mm - own[:3, 3]) @ np.linalg.inv(own[:3, :3]).T
             there = ((at > -1e-6) & (at < np.array(whole.shape) - 1 + 1e-6)).all(-1)
-            array, affine = load(out / f"multi/sts_{number}_{name}.nii.gz")
-            assert np.array_equal(affine, grid) and array.shape == t1.shape
-            np.testing.assert_allclose(array, np.where(there, worth(name, mm), whole.min()), atol=0.05)
+            wanted = np.where(there, worth(name, mm), whole.min())
+            np.testing.assert_allclose(files[name][0], wanted, atol=0.05)
 
 
 def test_outside_of_a_scan_is_its_fill_and_header_rounding_loses_no_border():
@@ -234,19 +240,20 @@ def anatomy(shift):
 
 
 @pytest.mark.parametrize("shift, fits, why", [
-    ((0, 0, 0), True, "0.0 mm apart"), ((1, -1, 1), True, "3.3 mm apart"), ((3, -2, 0), False, "3.6 mm apart"),
-    ((10, 0, 0), False, "at least 10.0 mm apart")])
+    ((0, 0, 0), True, "0.0 mm apart"), ((1, -1, 1), True, "3.3 mm apart"),
+    ((3, -2, 0), False, "3.6 mm apart"), ((10, 0, 0), False, "at least 10.0 mm apart")])
 def test_how_far_t1_has_to_be_moved(shift, fits, why):
     found = sarcoma.fit(*anatomy(shift))
-    assert (found["fits"], found["why"]) == (fits, why) and np.array_equal(found["shift_voxels"], -np.array(shift))
+    assert (found["fits"], found["why"]) == (fits, why)
+    assert np.array_equal(found["shift_voxels"], -np.array(shift))
 
 
 def test_what_cannot_be_compared_is_said():
     t1, ct = anatomy((0, 0, 0))
-    off = t1.affine.copy()
-    off[0, 3] += 0.4
-    assert sarcoma.fit(t1._replace(affine=off), ct) == dict(fits=False, why="not on one lattice")
-    assert sarcoma.fit(sarcoma.cut(t1, (0, 0, 0), (9, 7, 9)), ct) == dict(fits=False, why="too little in common")
+    small = sarcoma.cut(t1, (0, 0, 0), (9, 7, 9))
+    t1.affine[0, 3] += 0.4
+    assert sarcoma.fit(t1, ct) == dict(fits=False, why="not on one lattice")
+    assert sarcoma.fit(small, ct) == dict(fits=False, why="too little in common")
 
 
 def test_masks_are_compared_in_the_world():
@@ -283,121 +290,90 @@ def stretched(volume, shape):
     return volume
 
 
-def largest_by_search(mask):
-    left, best = {*map(tuple, np.argwhere(mask))}, []
-    while left:
-        part, queue = [], [left.pop()]
-        while queue:
-            part.append(queue.pop())
-            for axis, step in itertools.product(range(3), (-1, 1)):
-                near = tuple(v + step * (k == axis) for k, v in enumerate(part[-1]))
-                if near in left:
-                    left.remove(near)
-                    queue.append(near)
-        best = max(best, part, key=len)
-    found = np.zeros(mask.shape, bool)
-    found[tuple(np.array(best).T)] = bool(best)
-    return found
-
-
-@pytest.mark.parametrize("less", [0, 3, 11.9, 12])
-def test_ellipsoid_voxel_by_voxel_and_nothing_where_no_box_is_left(less):
-    scan = sarcoma.Scan(None, np.zeros((9, 8, 6), bool), np.diag([-3.0, 4.0, 4.0, 1]))      # 27 x 32 x 24 mm
-    found = sarcoma.ellipsoid(scan, less, None)
-    assert np.array_equal(found, in_ellipsoid((9, 8, 6), (3, 4, 4), less)) and found.any() == (less < 11)
-
-
-def test_the_floors_of_the_written_files_by_brute_force(source, ran):
-    out, said = ran
-    floors = json.loads((out / "floors.json").read_text())
+def test_the_floors_of_the_written_files_by_brute_force(pairs, ran):
+    floors = json.loads((ran[0] / "floors.json").read_text())
     for modality in NAMES:
-        cases = {}
-        for part in ("train", "test"):
-            ids = {i for i in json.loads((out / "split.json").read_text())[part]}
-            files = sorted(p for p in (out / modality / "imagesTr").iterdir() if p.name[:7] in ids)
-            cases[part] = [(load(p)[0], load(out / modality / "labelsTr" / p.name)[0] > 0) for p in files]
-        mean = np.mean([stretched(mask.astype(float), (32, 32, 32)) for _, mask in cases["train"]], 0)
-        stretches = {mask.shape: stretched(mean, mask.shape) for part in cases.values() for _, mask in part}
-        spacing = {shape: next(nib.load(p).header.get_zooms() for p in (out / modality / "imagesTr").iterdir()
-                               if nib.load(p).shape == shape) for shape in stretches}
-        ways = {"ellipsoid in the box less 50 mm": (lambda v, m, k: in_ellipsoid(m.shape, spacing[m.shape], k), [50.0]),
-                "mean training mask from": (lambda v, m, k: stretches[m.shape] >= k, np.arange(0.05, 0.96, 0.05)),
-                "SUV from": (lambda v, m, k: v >= k, np.arange(0.25, 20.1, 0.25)),
-                "share of maximum from": (lambda v, m, k: v / v.max() >= k, np.arange(0.02, 0.99, 0.02))}
+        cases = {"train": [], "test": [], "val": []}
+        for number, name, _, _, (voxels, affine), (label, _) in pairs:
+            if name == modality:
+                spacing = np.linalg.norm(affine[:3, :3], axis=0)
+                cases[sarcoma.part(number)].append((voxels, label > 0, spacing))
+        mean = np.mean([stretched(mask.astype(float), (32, 32, 32)) for _, mask, _ in cases["train"]], 0)
+        ways = {"ellipsoid in the box less 50 mm": (lambda v, m, s, k: in_ellipsoid(m.shape, s, k), [50.0]),
+                "mean training mask from": (lambda v, m, s, k: stretched(mean, m.shape) >= k,
+                                            np.arange(0.05, 0.96, 0.05)),
+                "SUV from": (lambda v, m, s, k: v >= k, np.arange(0.25, 20.1, 0.25)),
+                "share of maximum from": (lambda v, m, s, k: v / v.max() >= k, np.arange(0.02, 0.99, 0.02))}
         rows = {row["floor"]: row for row in floors[modality]}
-        assert len(rows) == (7 if modality == "pet" else 3) and all(row["n"] == 14 for row in rows.values())
+        assert len(rows) == (7 if modality == "pet" else 3) and {row["n"] for row in rows.values()} == {14}
         for name in [name for name in ways if name in rows]:
-            predict, values = ways[name]
-            scores = [np.mean([dice(predict(v, m, k), m) for v, m in cases["train"]]) for k in values]
-            value, row = rows[name]["value"], rows[name]
-            assert scores[int(np.argmin(abs(values - np.array(value))))] == pytest.approx(max(scores), abs=1e-6)
-            test = [dice(predict(v, m, value), m) for v, m in cases["test"]]
+            (predict, values), row = ways[name], rows[name]
+            scores = [np.mean([dice(predict(*case, k), case[1]) for case in cases["train"]]) for k in values]
+            chosen = np.argmin(abs(values - np.array(row["value"])))
+            assert scores[chosen] == pytest.approx(max(scores), abs=1e-6)
+            test = [dice(predict(*case, row["value"]), case[1]) for case in cases["test"]]
             assert row["dice"] == pytest.approx(np.mean(test), abs=1e-3)
             assert list(row["each"].values()) == pytest.approx(test, abs=1e-2)
-            assert f"{name:44}{value:13g}{row['dice']:11.3f}" in said
+            assert f"{name:44}{row['value']:13g}{row['dice']:11.3f}" in ran[1]
 
 
 def test_thresholds_take_the_value_or_a_share_of_the_maximum_and_the_largest_part():
-    voxels = ndimage.gaussian_filter(np.random.default_rng(3).normal(size=(14, 13, 12)), 1).astype(np.float32)
+    voxels = ndimage.gaussian_filter(np.random.default_rng(3).normal(size=(14, 13, 12)), 1)
     scan = sarcoma.Scan(voxels, None, None)
     for value in (0.1, 0.3, 0.5):
         whole = voxels >= value * voxels.max()
         assert np.array_equal(sarcoma.above(scan, value, None, share=True), whole)
-        assert np.array_equal(sarcoma.above(scan, value * voxels.max(), None), whole)
-        one = sarcoma.above(scan, value, None, share=True, largest=True)
-        assert ndimage.label(whole)[1] > 1 and one.sum() == largest_by_search(whole).sum() < whole.sum()
+        one = sarcoma.above(scan, value * voxels.max(), None, largest=True)
+        parts, count = ndimage.label(whole)
+        assert count > 1 and one.sum() == max(np.bincount(parts.ravel())[1:]) < whole.sum()
         assert ndimage.label(one)[1] == 1 and not (one & ~whole).any()
     assert not sarcoma.above(scan, 99.0, None, largest=True).any()
 
 
 # ---- files
 
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_second_run_writes_equal_bytes_and_a_stray_file_is_named(source, ran, tmp_path, monkeypatch):
-    before = {path.relative_to(ran[0]): path.read_bytes() for path in ran[0].rglob("*") if path.is_file()}
-    assert not [name for name in before if name.name.endswith(".tmp")]
-    shutil.copytree(ran[0], tmp_path / "out")
+    before, out = contents(ran[0]), tmp_path / "out"
+    shutil.copytree(ran[0], out)
     monkeypatch.setattr(sarcoma, "fit", lambda t1, ct: dict(fits=True, why=""))
-    sarcoma.main([str(source / "ibsi_validation"), str(tmp_path / "out")])          # the other way to name the source
-    after = {path.relative_to(tmp_path / "out"): path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert after == before
-    stray = tmp_path / "out/pet/imagesTr/sts_077.nii.gz"
+    sarcoma.main([str(source / "ibsi_validation"), str(out)])           # the other way to name the source
+    assert contents(out) == before and not [name for name in before if name.suffix == ".tmp"]
+    stray = out / "pet/imagesTr/sts_077.nii.gz"
     stray.write_bytes(b"")
     monkeypatch.setattr(sarcoma, "write_floors", lambda *_: None)
     with pytest.raises(SystemExit) as caught:
-        sarcoma.main([str(source), str(tmp_path / "out")])
+        sarcoma.main([str(source), str(out)])
     assert str(caught.value) == f"{stray} and 0 more are of another run; remove them"
 
 
-def spoil(kind, folder):
-    """Break one file of a patient; returns the file's name and words of the line that should name it."""
-    image, mask = folder / "PET_image.nii.gz", folder / "PET_mask.nii.gz"
-    if kind == "truncated":
-        image.write_bytes(image.read_bytes()[:-200])
-        return image, "damaged"
-    if kind == "no mask":
-        mask.unlink()
-        return mask, "no such file"
-    voxels, affine = load(mask)
-    if kind == "other grid":
-        affine[0, 3] += 6
-    values = {"other grid": voxels, "a third value": voxels * 2, "empty": voxels * 0}[kind]
-    nib.save(nib.Nifti1Image(values, affine), mask)
-    return mask, "lies on another grid" if kind == "other grid" else "expected voxels of 0 and of 1"
-
-
-@pytest.mark.parametrize("kind", ["truncated", "no mask", "other grid", "a third value", "empty"])
-def test_an_unusable_file_is_one_line_and_nothing_is_written(source, tmp_path, kind):
+@pytest.mark.parametrize("file, change, words", [
+    ("PET_image", "truncated", "damaged"), ("PET_mask", "removed", "no such file"),
+    ("PET_mask", (1, 6), "lies on another grid"), ("PET_mask", (2, 0), "expected voxels of 0 and of 1"),
+    ("PET_mask", (0, 0), "expected voxels of 0 and of 1")])
+def test_an_unusable_file_is_one_line_and_nothing_is_written(source, tmp_path, file, change, words):
     shutil.copytree(source, tmp_path / "clone")
     folder = tmp_path / "clone/ibsi_validation/nifti"
-    name, words = spoil(kind, folder / "STS_010")
-    (folder / "STS_001/CT_image.nii.gz").unlink()
-    (folder / "STS_001/CT_mask.nii.gz").unlink()        # a training patient may lack a modality, this one may not
+    path = folder / f"STS_010/{file}.nii.gz"
+    if change == "truncated":
+        path.write_bytes(path.read_bytes()[:-200])
+    elif change == "removed":
+        path.unlink()
+    else:                                               # voxels times the first, moved by the second
+        voxels, affine = load(path)
+        affine[0, 3] += change[1]
+        nib.save(nib.Nifti1Image(voxels * np.uint8(change[0]), affine), path)
+    for kind in ("image", "mask"):                      # a test patient may not lack a modality
+        (folder / f"STS_001/CT_{kind}.nii.gz").unlink()
     with pytest.raises(SystemExit) as caught:
         sarcoma.main([str(tmp_path / "clone"), str(tmp_path / "out")])
     ct, pet, count = str(caught.value).split("\n")
     assert ct == f"{folder / 'STS_001/CT_image.nii.gz'}: no such file"
-    assert pet.startswith(f"{name}: ") and words in pet and count == "2 missing or unusable; nothing was written"
-    assert not (tmp_path / "out").exists()
+    assert pet.startswith(f"{path}: ") and words in pet and not (tmp_path / "out").exists()
+    assert count == "2 missing or unusable; nothing was written"
 
 
 def test_without_training_scans_there_are_no_floors(source, tmp_path):
@@ -409,25 +385,25 @@ def test_without_training_scans_there_are_no_floors(source, tmp_path):
 
 
 def test_the_program_ends_with_1_and_one_line_where_there_is_no_clone(tmp_path):
-    command = [sys.executable, "-m", "lab.sarcoma"]
-    done = subprocess.run([*command, str(tmp_path), "out"], cwd=HERE, capture_output=True, text=True)
+    command = [sys.executable, "-m", "lab.sarcoma", str(tmp_path), "out"]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 1 and not done.stdout and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"{tmp_path}: no STS_*/ in {tmp_path}/ibsi_validation/nifti, {tmp_path}/nifti, ")
-    usage = subprocess.run([*command, "--help"], cwd=HERE, capture_output=True, text=True)
-    assert usage.returncode == 0 and "source" in usage.stdout and "data/sarcoma" in usage.stdout
+    text = f"{tmp_path}: no STS_*/ in {tmp_path}/ibsi_validation/nifti, {tmp_path}/nifti, "
+    assert done.stderr.startswith(text)
 
 
 @pytest.mark.skipif(not REAL, reason="S2DC_REAL_DATA is not set")
 def test_the_real_scans():
     patients = sarcoma.read_all(sarcoma.source_folder(REAL))
-    counts = {m: [sum(m in s and sarcoma.part(n) == p for n, s in patients.items()) for p in ("train", "val", "test")]
-              for m in NAMES}
+    counts = {m: [sum(m in s and sarcoma.part(n) == p for n, s in patients.items())
+                  for p in ("train", "val", "test")] for m in NAMES}
     assert all(count[1:] == [3, 14] for count in counts.values())
     if len(patients) == 41:                             # those that the sample volumes hold
         assert counts == dict(ct=[12, 3, 14], t1=[22, 3, 14], pet=[24, 3, 14])
-    for modality, known in (("ct", 0.70), ("t1", 0.25), ("pet", 0.66)):     # as the data's own notes give them
+    for modality, known in (("ct", 0.70), ("t1", 0.25), ("pet", 0.66)):         # the data's own notes
         tested = [patients[n][modality] for n in sarcoma.PARTS["test"]]
-        assert np.mean([dice(sarcoma.ellipsoid(s, 50, None), s.mask) for s in tested]) == pytest.approx(known, abs=0.01)
+        floor = np.mean([dice(sarcoma.ellipsoid(s, 50, None), s.mask) for s in tested])
+        assert floor == pytest.approx(known, abs=0.01)
     for number, scans in patients.items():
         box = sarcoma.world_box(number, scans)
         for scan in scans.values():
