@@ -1,6 +1,6 @@
 """What several files of tests share: tiny networks and data sets, and ways to run a script on them.
 
-One thread for each worker of `pytest -n 2`, and for the programs it starts: two workers of two threads wait for each other.
+One thread for each worker of `pytest -n 2` and for the programs it starts: more would wait for each other.
 """
 import csv
 import dataclasses
@@ -31,14 +31,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 HERE = Path(finetune.__file__).parent
-
-
 NETWORK = dict(feature_size=4, num_heads=(1, 1, 1, 1), window_size=4)
-
-
 SHORT = dict(steps=2, warmup=1, eval_every=2, save_every=2, log_every=1, batch=1, crops_per_case=1)
-
-
 AXES = "RAS", "LPS", "PSR", "LPS"       # how the files of a phantom are stored, by its seed modulo 4
 
 
@@ -59,12 +53,13 @@ def command(script, config, *args):
 
 
 def environment(root):
-    return os.environ | dict(PYTHONPATH=str(HERE), S2DC_DATA=str(root), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONUNBUFFERED="1")
+    return os.environ | dict(PYTHONPATH=str(HERE), S2DC_DATA=str(root), OMP_NUM_THREADS="1",
+                             CUDA_VISIBLE_DEVICES="", PYTHONUNBUFFERED="1")
 
 
 def script(folder, root, *argv):
     """Run a script in `folder` to its good end; what it printed."""
-    done = subprocess.run(argv, cwd=folder, env=environment(root), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(argv, cwd=folder, env=environment(root), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -82,9 +77,7 @@ def settings(name, kind=evaluate.Config, **keys):
     return dataclasses.replace(configs.load(kind, [str(HERE / "configs" / f"{name}.py")]), **keys)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# folders as after the download
-
+# ---------------------------------------------------------------------------- folders as after the download
 
 @functools.lru_cache(None)
 def drawn(seed, modality):
@@ -100,59 +93,51 @@ def nifti(path, voxels, affine=np.eye(4), axes="RAS", kind=np.int16):
     nib.save(image.as_reoriented(turn), path)
 
 
-CCII = [(kind, k * 10 + p, 100 * k + p, p) for k, kind in enumerate(("Normal", "CP", "NCP")) for p in range(4)]
-
-
-CCII += [("CP", 10, 150, 0), ("NCP", 29, 209, None)]        # the second scan of a patient, and one that no list names
+# kind, patient, scan, role: 0 in the valid list of every fold, 1 .. 3 in that of fold 0 .. 2, None in no list
+NAMES = "Normal", "CP", "NCP"
+CCII = [(kind, k * 10 + p, 100 * k + p, p) for k, kind in enumerate(NAMES) for p in range(4)]
+CCII += [("CP", 10, 150, 0), ("NCP", 29, 209, None)]
 
 
 def lay_cc_ccii(root):
     Image = pytest.importorskip("PIL.Image")
-    lists = {(fold, part): [] for fold in range(3) for part in ("train", "valid")}
-    for kind, patient, scan, role in CCII:                  # role 0: in all valid lists, 1 .. 3: in that of fold 0 .. 2
-        for z in range(11):
-            grey = np.clip(drawn(1 + patient % 3, "ct")["images"]["ct"][::2, ::2, 5 * z] / 4 + 128, 0, 255).astype(np.uint8)
-            folder = root / "CC-CCII" / kind / str(patient) / str(scan)
-            folder.mkdir(parents=True, exist_ok=True)
+    head = "zip_file,target,label,patient_id,scan_id,n_slice,scan_count,all_scan_ids"
+    lists = {(fold, part): [head.split(",")] for fold in range(3) for part in ("train", "valid")}
+    for kind, patient, scan, role in CCII:
+        volume = drawn(1 + patient % 3, "ct")["images"]["ct"][::2, ::2, :55:5]
+        folder = root / "CC-CCII" / kind / str(patient) / str(scan)
+        folder.mkdir(parents=True)
+        for z, grey in enumerate(np.moveaxis(np.clip(volume / 4 + 128, 0, 255).astype(np.uint8), 2, 0)):
             Image.fromarray(grey).save(folder / f"{z + 1}.png")
-        row = [f"{kind}-1.zip", ("Normal", "CP", "NCP").index(kind), kind, patient, scan, 11, 1, f"[{scan}, {scan + 50}]"]
+        row = [f"{kind}-1.zip", NAMES.index(kind), kind, patient, scan, 11, 1, f"[{scan}, {scan + 50}]"]
         for fold in range(3) if role is not None else ():
             lists[fold, "valid" if role in (0, fold + 1) else "train"].append(row)
     (root / "CC-CCII/csv").mkdir()
     for (fold, part), rows in lists.items():
         with open(root / f"CC-CCII/csv/CC_CCII_fold{fold}_{part}.csv", "w", newline="") as file:
-            head = "zip_file,target,label,patient_id,scan_id,n_slice,scan_count,all_scan_ids".split(",")
-            csv.writer(file).writerows([head, *rows])
-
-
-def write_case(root, number, seed, axes=None):
-    """A subject of the demo of segmentation."""
-    subject = drawn(seed, "ct")
-    for part, voxels, kind in (("imagesTr", subject["images"]["ct"], np.int16), ("labelsTr", subject["label"], np.uint8)):
-        nifti(root / f"demo_ct/train/{part}/phantom_{number:03d}.nii.gz", voxels, subject["affine"], axes or AXES[seed % 4], kind)
+            csv.writer(file).writerows(rows)
 
 
 @pytest.fixture(scope="module")
 def abdomens(tmp_path_factory):
     """Five labelled CT in the demo's layout, numbers 0 to 4."""
-    root = tmp_path_factory.mktemp("abdomens")
-    for number in range(5):
-        write_case(root, number, number)
-    rows = ["id,seed,class,lesion"] + [f"phantom_{n:03d},{n},{n % 2},0" for n in range(5)]
+    root, rows = tmp_path_factory.mktemp("abdomens"), ["id,seed,class,lesion"]
+    for n in range(5):
+        subject = drawn(n, "ct")
+        for part, voxels, kind in (("imagesTr", subject["images"]["ct"], np.int16),
+                                   ("labelsTr", subject["label"], np.uint8)):
+            path = root / f"demo_ct/train/{part}/phantom_{n:03d}.nii.gz"
+            nifti(path, voxels, subject["affine"], AXES[n % 4], kind)
+        rows.append(f"phantom_{n:03d},{n},{n % 2},0")
     (root / "demo_ct/train/participants.csv").write_text("\n".join(rows) + "\n")
     return root
 
 
-DEMO = dict(image="demo_ct/train/imagesTr/phantom_{id}.nii.gz", label="demo_ct/train/labelsTr/phantom_{id}.nii.gz", workers=0,
-            label_fraction=1.0, val="003", test="004", **NETWORK)
+DEMO = dict(image="demo_ct/train/imagesTr/phantom_{id}.nii.gz", workers=0, label_fraction=1.0, val="003",
+            label="demo_ct/train/labelsTr/phantom_{id}.nii.gz", test="004", **NETWORK)
+KINDS = dict(resize=(64, 64, 64), classes={"0": 0, "1": 1}, val=("002", "003"), test="004", val_share=0.0,
+             test_share=0.0, workers=0, **NETWORK)
 
-
-KINDS = dict(resize=(64, 64, 64), classes={"0": 0, "1": 1}, val=("002", "003"), test="004", val_share=0.0, test_share=0.0,
-             workers=0, **NETWORK)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# several processes, and a kill at any moment
 
 def log_of(run):
     """Complete lines of a log that may just be growing."""
@@ -161,12 +146,7 @@ def log_of(run):
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def weights(path):
-    return torch.load(path, weights_only=True)["model"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# bad input: one line each, before any training step
+# --------------------------------------------------------------------- bad input: one line, before any step
 
 BOX = np.indices((16, 16, 16)).sum(0)                       # an image, and the source of its label
 
@@ -181,13 +161,11 @@ def small(tmp_path):
     return tmp_path / "data"
 
 
-SMALL = dict(image="s{id}_img.nii.gz", label="s{id}_lab.nii.gz", labels={1: "one"}, val=("2",), test=("3",), crop=(64, 64, 64),
-             foreground=-1.0, label_fraction=1.0, workers=0, **NETWORK)
-
-
-TABLE = dict(image="s{id}_img.nii.gz", table="t.csv", table_key="{id}", case_key="{id}", class_from="{class}", workers=0,
-             classes={"a": 0, "b": 1}, val=("2",), test=("3",), val_share=0.0, test_share=0.0, foreground=-1.0,
-             resize=(64, 64, 64), **NETWORK)
+SMALL = dict(image="s{id}_img.nii.gz", label="s{id}_lab.nii.gz", labels={1: "one"}, val=("2",), test=("3",),
+             crop=(64, 64, 64), foreground=-1.0, label_fraction=1.0, workers=0, **NETWORK)
+TABLE = dict(image="s{id}_img.nii.gz", table="t.csv", table_key="{id}", case_key="{id}", class_from="{class}",
+             classes={"a": 0, "b": 1}, val=("2",), test=("3",), val_share=0.0, test_share=0.0, workers=0,
+             foreground=-1.0, resize=(64, 64, 64), **NETWORK)
 
 
 @pytest.fixture
@@ -208,8 +186,7 @@ def refused(train, small, capsys):
         with pytest.raises(SystemExit) as caught:
             train(config, **keys)
         assert not list(small.parent.glob("runs/*/log.jsonl")) and "step      " not in capsys.readouterr().out
-        line, *count = str(caught.value).split("\n")
-        # the latter of the cache
+        line, *count = str(caught.value).split("\n")        # the count is of the cache
         assert count in ([], ["1 unusable; mend them or name their ids under `exclude`"])
         return line
     return run
@@ -223,12 +200,10 @@ def encoder_file(path, step=0, **other):
     return encoder
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# training crops
+# ------------------------------------------------------------------------ training crops, scores and files
 
-STILL = dict(rotation=(0.0, 0.0, 0.0), scale=(1.0, 1.0), shift=(0.0, 0.0, 0.0), flip=(0.0, 0.0, 0.0), shear=0.0)
-
-
+NONE = (0.0, 0.0, 0.0)
+STILL = dict(rotation=NONE, scale=(1.0, 1.0), shift=NONE, flip=NONE, shear=0.0)
 QUIET = {f"jitter_{kind}": (0.0, 0.0) for kind in ("shift", "scale", "gamma", "noise", "blur")}
 
 
@@ -243,8 +218,9 @@ def scans(tmp_path, monkeypatch):
             image[0, 0, 0] = -1                             # the fill, and no constant volume
             nifti(tmp_path / f"s{k}_img.nii.gz", image, kind=np.float32)
             nifti(tmp_path / f"s{k}_lab.nii.gz", label, kind=np.uint8)
-        usual = dict(image="s{id}_img.nii.gz", label="s{id}_lab.nii.gz", spacing=(), window=(0.0, 1.0), intensity="scale",
-                     foreground=-9.0, cache=str(tmp_path / "cache"), crop=(20, 20, 20), labels={}, workers=0)
+        usual = dict(image="s{id}_img.nii.gz", label="s{id}_lab.nii.gz", spacing=(),
+                     window=(0.0, 1.0), intensity="scale", foreground=-9.0, cache=str(tmp_path / "cache"),
+                     crop=(20, 20, 20), labels={}, workers=0)
         cfg = settings("btcv", finetune.Config, **usual | QUIET | keys)
         return data.open_scans(cfg, say=lambda *_: None), cfg
     return make
@@ -258,7 +234,7 @@ SPHERES = dict(feature_size=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), win
 
 @pytest.fixture(scope="module")
 def spheres(tmp_path_factory):
-    """Two scans with three organs each, and x.py, a config of lab/probe.py and lab/figures.py that finds them."""
+    """Two scans with three organs each, and x.py, a config of lab.probe and lab.figures that finds them."""
     folder = tmp_path_factory.mktemp("spheres")
     affine = np.diag([*SPACING, 1.0])
     affine[:3, 3] = -50, -40, 100
@@ -279,9 +255,6 @@ def spheres(tmp_path_factory):
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# scores and files
-
 def perfect(scan, cfg):
     """Probabilities (k, x, y, z) that name the truth."""
     truth = torch.from_numpy(scan.open("label")[0].astype(np.int64))
@@ -297,5 +270,6 @@ def organs(abdomens, monkeypatch, tmp_path):
 
     def make(numbers, **keys):
         cfg = settings("demo_segmentation", **DEMO | dict(cache=str(tmp_path / "cache"), hd95=True) | keys)
-        return data.open_scans(cfg, [case for case in data.find_cases(cfg) if case["id"] in numbers], say=lambda *_: None), cfg
+        cases = [case for case in data.find_cases(cfg) if case["id"] in numbers]
+        return data.open_scans(cfg, cases, say=lambda *_: None), cfg
     return make
