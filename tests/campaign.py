@@ -1,12 +1,12 @@
-"""Broken inputs, kills and full disks by the thousand: each must end in a result, or in one line that says what is wrong.
+"""Broken inputs, kills and full disks by the thousand: each must end in a result, or in one line.
 
     python tests/campaign.py headers 20000 --seed=1         one family
     python tests/campaign.py all 1000                       every family, so many trials each (kills: a tenth)
 
 Every trial follows from (family, seed, number) alone and is printed with them when it fails, so that
-`python tests/campaign.py headers 1 --seed=1 --first=17` repeats it. A trial fails when anything but the error type
-of its room comes out, when its text is longer than a line or does not name the file, when weights differ after a
-kill, when a damaged file is taken for a whole one, or when a file is left that nobody asked for.
+`python tests/campaign.py headers 1 --seed=1 --first=17` repeats it. A trial fails when anything but the error
+type of its room comes out, when its text is longer than a line or does not name the file, when weights differ
+after a kill, when a damaged file is taken for a whole one, or when a file is left that nobody asked for.
 """
 import argparse
 import contextlib
@@ -39,8 +39,9 @@ import pretrain
 import tasks
 from model import Swin3D, WeightsError, load_weights
 
-TINY = dict(slab=(64, 64, 64), crop=(64, 64, 64), feature_size=4, num_heads=(1, 1, 1, 1), depths=(1, 1, 1, 1), window_size=4,
-            hidden=16, embedding=8, queue=7, batch=2, warmup=1, workers=0, log_every=1, save_every=2, steps=6)
+TINY = dict(slab=(64, 64, 64), crop=(64, 64, 64), feature_size=4, num_heads=(1, 1, 1, 1), depths=(1, 1, 1, 1),
+            window_size=4, hidden=16, embedding=8, queue=7, batch=2, warmup=1, workers=0, log_every=1,
+            save_every=2, steps=6)
 
 
 class Wrong(Exception):
@@ -48,13 +49,12 @@ class Wrong(Exception):
 
 
 def one_line(error, name=None):
-    """The text of an error that is foreseen: one line that names the file (or several lines, each of which does)."""
+    """An error that is foreseen is one line that names the file (or several lines, each of which does)."""
     text = str(error)
     if not text or len(text) > 2000 or ("\n" in text.strip() and name is None):
         raise Wrong(f"not one line: {text[:300]!r}")
     if name is not None and name not in text:
         raise Wrong(f"does not name {name}: {text[:300]!r}")
-    return text
 
 
 def flipped(content, rng, most=8):
@@ -72,8 +72,8 @@ def flipped(content, rng, most=8):
 # ---------------------------------------------------------------------------------------------------- scans
 
 ODD = [0.0, -1.0, 1e13, 40.0, -0.001, 1e-30, 1e38, float("nan"), float("inf"), 3.4e38]
-FIELDS = [(0, "i"), (40, "8h"), (70, "h"), (72, "h"), (76, "8f"), (108, "f"), (112, "f"), (116, "f"), (123, "b"),
-          (252, "h"), (254, "h"), (256, "6f"), (280, "4f"), (296, "4f"), (312, "4f"), (344, "4s")]
+FIELDS = [(0, "i"), (40, "8h"), (70, "h"), (72, "h"), (76, "8f"), (108, "f"), (112, "f"), (116, "f"),
+          (123, "b"), (252, "h"), (254, "h"), (256, "6f"), (280, "4f"), (296, "4f"), (312, "4f"), (344, "4s")]
 
 
 def header(folder, rng):
@@ -86,21 +86,18 @@ def header(folder, rng):
     for _ in range(rng.randrange(1, 4)):
         place, form = rng.choice(FIELDS)
         size = struct.calcsize("<" + form)
+        old = list(struct.unpack("<" + form, content[place:place + size]))
+        k = rng.randrange(len(old))
         if form[-1] == "f":
-            old = list(struct.unpack("<" + form, content[place:place + size]))
-            k = rng.randrange(len(old))
             odd = rng.choice([*ODD, old[k] * 40, old[k] * 1e13, old[k] * 1e-6, rng.uniform(-1e4, 1e4)])
             old[k] = odd if abs(odd) < 3.4e38 or not abs(odd) < np.inf else 3.4e38
-            content[place:place + size] = struct.pack("<" + form, *old)
         elif form[-1] == "h":
-            count = size // 2
-            old = list(struct.unpack(f"<{count}h", content[place:place + size]))
-            old[rng.randrange(count)] = rng.choice([0, -1, 1, 2, 4, 5, 7, 16, 512, 32767, -32768, rng.randrange(-9, 99)])
-            content[place:place + size] = struct.pack(f"<{count}h", *old)
+            old[k] = rng.choice([0, -1, 1, 2, 4, 5, 7, 16, 512, 32767, -32768, rng.randrange(-9, 99)])
         else:
             content[place:place + size] = rng.choice([rng.randbytes(size), b"ni1\0"[:size], b"\0" * size])
-    packed = path.suffix == ".gz"
-    path.write_bytes(gzip.compress(bytes(content)) if packed else bytes(content))
+            continue
+        content[place:place + size] = struct.pack("<" + form, *old)
+    path.write_bytes(gzip.compress(bytes(content)) if path.suffix == ".gz" else bytes(content))
     read_and_preprocess(path, rng)
 
 
@@ -126,13 +123,15 @@ def picture(folder, rng):
     else:
         path = folder / f"scan.{kind}"
         sitk.WriteImage(sitk.GetImageFromArray(values), str(path), useCompression=rng.random() < 0.3)
-    victim = rng.choice(sorted(path.iterdir())) if path.is_dir() else rng.choice([f for f in folder.iterdir() if f.is_file()])
+    files = (path if path.is_dir() else folder).iterdir()
+    victim = rng.choice(sorted(each for each in files if each.is_file()))
     victim.write_bytes(flipped(victim.read_bytes(), rng))
     read_and_preprocess(path, rng)
 
 
 def read_and_preprocess(path, rng):
-    cfg = pretrain.Config(spacing=rng.choice([(), (), (2.0, 2.0, 2.0)]), foreground=-1e9, intensity=rng.choice(["window", "zscore"]))
+    cfg = pretrain.Config(spacing=rng.choice([(), (), (2.0, 2.0, 2.0)]), foreground=-1e9,
+                          intensity=rng.choice(["window", "zscore"]))
     case = dict(id="scan", images=[str(path)], label=None, targets=[])
     for what in (lambda: data.read_volume(path), lambda: data.preprocess(case, cfg)):
         try:
@@ -142,9 +141,10 @@ def read_and_preprocess(path, rng):
             one_line(error, path.name)
 
 
-# ---------------------------------------------------------------------------------------------------- lists and configs
+# ---------------------------------------------------------------------------------------- lists and configs
 
-JUNK = [None, 3, -1, 1.5, True, "", "x", "../../x", "/abs/x", [], {}, [1], ["x"], {"a": 1}, [[]], "\u00e9\u4e2d", "a" * 500]
+JUNK = [None, 3, -1, 1.5, True, "", "x", "../../x", "/abs/x", [], {}, [1], ["x"], {"a": 1}, [[]],
+        "\u00e9\u4e2d", "a" * 500]
 
 
 def mutated(tree, rng):
@@ -163,11 +163,10 @@ def datalist(folder, rng):
     """A datalist with parts of other types, through `find_cases` and `split_cases`."""
     entries = [{"image": f"i{k}.nii.gz", "label": f"l{k}.nii.gz", "fold": k % 2} for k in range(4)]
     tree = mutated({"training": entries, "validation": entries[:1], "name": "x"}, rng)
-    text = json.dumps(tree)
-    content = text.encode() if rng.random() < 0.8 else flipped(text.encode(), rng)
-    (folder / "list.json").write_bytes(content)
-    keys = dict(data=str(folder), datalist="list.json", labels={1: "one"}, val=rng.choice(["i1", ("i1",), "*1*"]), test="val")
-    cfg = finetune.Config(**keys, fold=rng.choice([-1, 0]))
+    content = json.dumps(tree).encode()
+    (folder / "list.json").write_bytes(content if rng.random() < 0.8 else flipped(content, rng))
+    cfg = finetune.Config(data=str(folder), datalist="list.json", labels={1: "one"}, test="val",
+                          val=rng.choice(["i1", ("i1",), "*1*"]), fold=rng.choice([-1, 0]))
     foreseen(lambda: tasks.split_cases(cfg))
     try:
         cases = data.find_cases(cfg)
@@ -183,32 +182,31 @@ def table(folder, rng):
     for k in range(4):
         (folder / f"s{k}.nii.gz").touch()
     text = "id,class\n" + "".join(f"{k},{'ab'[k % 2]}\n" for k in range(4))
-    text = rng.choice([text, text.replace("id", "name"), text.replace("a", "\u00e9"), "", "id\n", text.replace(",", ";")])
+    text = rng.choice([text, text.replace("id", "name"), text.replace("a", "\u00e9"), "", "id\n",
+                       text.replace(",", ";")])
     content = text.encode(rng.choice(["utf-8", "latin-1", "utf-16"]))
     (folder / "t.csv").write_bytes(content if rng.random() < 0.5 or not content else flipped(content, rng))
-    cfg = finetune.Config(data=str(folder), task="classification", image="s{id}.nii.gz", table="t.csv", case_key="{id}",
-                          class_from="{class}", classes={"a": 0, "b": 1}, val_share=0.25, test_share=0.25)
+    cfg = finetune.Config(data=str(folder), task="classification", image="s{id}.nii.gz", table="t.csv",
+                          case_key="{id}", class_from="{class}", classes={"a": 0, "b": 1}, val_share=0.25,
+                          test_share=0.25)
     foreseen(lambda: tasks.split_cases(cfg))
 
 
 def config(folder, rng):
     """A config with other bytes, other values, other types."""
-    lines = (ROOT / f"configs/{rng.choice(['demo', 'ct', 'btcv', 'demo_segmentation', 'pet'])}.py").read_text().splitlines()
+    name = rng.choice(["demo", "ct", "btcv", "demo_segmentation", "pet"])
+    lines = (ROOT / f"configs/{name}.py").read_text().splitlines()
     if rng.random() < 0.5:
         k = rng.choice([k for k, line in enumerate(lines) if " = " in line])
         key = lines[k].split(" = ")[0]
-        lines[k] = f"{key} = {rng.choice([*map(repr, JUNK), '(', '1 +', 'undefined', '-1', '0', '(1, 2)', '1e400'])}"
+        other = rng.choice([*map(repr, JUNK), "(", "1 +", "undefined", "-1", "0", "(1, 2)", "1e400"])
+        lines[k] = f"{key} = {other}"
         content = "\n".join(lines).encode()
     else:
         content = flipped("\n".join(lines).encode(), rng, 3)
-    path = folder / "x.py"
-    path.write_bytes(content)
+    (folder / "x.py").write_bytes(content)
     script = finetune if b"task" in content else pretrain
-
-    def load_and_check():
-        cfg = configs.load(script.Config, [str(path)])
-        script.check(cfg, 1)
-    foreseen(load_and_check, one=False)
+    foreseen(lambda: script.check(configs.load(script.Config, [str(folder / "x.py")]), 1), one=False)
 
 
 def foreseen(what, one=True):
@@ -223,10 +221,10 @@ def foreseen(what, one=True):
             raise Wrong(f"ends without a word: {error.code!r}") from None
 
 
-# ---------------------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------------------------- checkpoints
 
 def checkpoint(folder, rng):
-    """A checkpoint with one flipped bit, cut short, or with other content: refused, or equal to what was saved."""
+    """A checkpoint with one flipped bit, cut short, or of other content: refused, or equal to the saved."""
     torch.manual_seed(0)
     arguments = dict(feature_size=4, num_heads=(1, 1, 1, 1), depths=(1, 1, 1, 1), window_size=2, v2=False)
     encoder = Swin3D(1, **arguments)
@@ -234,19 +232,17 @@ def checkpoint(folder, rng):
     kind = rng.random()
     if kind > 0.7:
         name = rng.choice(sorted(content["encoder"]))
-        content["encoder"][name] = rng.choice([None, torch.tensor(float("nan")), torch.zeros(2), "x", torch.zeros(3, dtype=torch.long)])
+        content["encoder"][name] = rng.choice([None, torch.tensor(float("nan")), torch.zeros(2), "x",
+                                               torch.zeros(3, dtype=torch.long)])
     elif kind > 0.6:
         content[rng.choice(sorted(content))] = rng.choice(JUNK)
     path = folder / "encoder.pt"
     torch.save(content, path)
     if kind < 0.6:
         raw = bytearray(path.read_bytes())
-        if kind < 0.5:
-            place = rng.randrange(len(raw))
-            raw[place] ^= 1 << rng.randrange(8)
-        else:
-            raw = raw[:rng.randrange(len(raw))]
-        path.write_bytes(raw)
+        place = rng.randrange(len(raw))
+        raw[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(raw if kind < 0.5 else raw[:place])
     other = Swin3D(1, **arguments)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -259,32 +255,38 @@ def checkpoint(folder, rng):
             raise Wrong(f"{name} was loaded and is not what was saved")
 
 
-# ---------------------------------------------------------------------------------------------------- kills and full disks
+# ------------------------------------------------------------------------------------- kills and full disks
 
 _shared = {}
 
 
+def train(folder, place, **more):
+    keys = TINY | dict(runs=folder / "runs", cache=folder / "cache", name="r")
+    command = [sys.executable, str(ROOT / "pretrain.py"), str(ROOT / "configs/demo.py")]
+    env = os.environ | dict(S2DC_DATA=str(place / "data"), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
+                            PYTHONPATH=str(ROOT))
+    return subprocess.Popen([*command, *[f"--{k}={v}" for k, v in keys.items()]], env=env, text=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **more)
+
+
+def finish(folder, place, before=""):
+    """Train to the end, undisturbed."""
+    process = train(folder, place)
+    said = process.communicate()[1]
+    if process.returncode:
+        raise Wrong(before + said[-1000:])
+
+
 def phantoms():
-    """A data folder with four phantoms of 64 voxels and the weights of a run that nobody disturbed; made once."""
+    """A data folder with four phantoms and the weights of a run that nobody disturbed; made once."""
     if "place" not in _shared:
         from lab import phantom
         place = Path(tempfile.mkdtemp(prefix="campaign-"))
         with contextlib.redirect_stdout(io.StringIO()):
             phantom.write(place / "data/demo_ct/train", range(4), size=64)
-        done = subprocess.run(command(place / "whole"), env=environment(place), capture_output=True, text=True)
-        if done.returncode:
-            raise Wrong(done.stderr[-1000:])
+        finish(place / "whole", place)
         _shared["place"], _shared["weights"] = place, weights(place / "whole")
     return _shared["place"], _shared["weights"]
-
-
-def environment(place):
-    return os.environ | dict(S2DC_DATA=str(place / "data"), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(ROOT))
-
-
-def command(folder):
-    keys = TINY | dict(runs=folder / "runs", cache=folder / "cache", name="r")
-    return [sys.executable, str(ROOT / "pretrain.py"), str(ROOT / "configs/demo.py"), *[f"--{k}={v}" for k, v in keys.items()]]
 
 
 def weights(folder):
@@ -305,37 +307,35 @@ def kill(folder, rng):
     """Pre-training that is killed at random moments, caching included, and started again until it is done."""
     place, expected = phantoms()
     for _ in range(rng.randrange(1, 4)):
-        process = subprocess.Popen(command(folder), env=environment(place), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = train(folder, place)
         time.sleep(rng.uniform(1.5, 9))
         process.send_signal(signal.SIGKILL)
-        process.wait()
-    done = subprocess.run(command(folder), env=environment(place), capture_output=True, text=True)
-    if done.returncode:
-        raise Wrong(done.stderr[-1000:])
+        process.communicate()
+    finish(folder, place)
     compare(folder, expected)
 
 
 def disk(folder, rng):
-    """The same on a disk where no file may grow beyond a limit: one line, and an equal run once there is room."""
+    """The same on a disk where no file may grow beyond a limit: one line, and an equal run with room."""
     place, expected = phantoms()
     limit = int(10 ** rng.uniform(2, 6.3))
-    full = subprocess.run(command(folder), env=environment(place), capture_output=True, text=True,
-                          preexec_fn=lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
-                                              resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
-    if "Traceback" in full.stderr:
-        raise Wrong(f"limit {limit}: {full.stderr[-700:]}")
-    if full.returncode == 0:
-        return compare(folder, expected)
-    if not full.stderr.strip():
-        raise Wrong(f"limit {limit}: ended without a word")
-    done = subprocess.run(command(folder), env=environment(place), capture_output=True, text=True)
-    if done.returncode:
-        raise Wrong(f"limit {limit}, then room: {done.stderr[-700:]}")
+
+    def narrow():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    full = train(folder, place, preexec_fn=narrow)
+    said = full.communicate()[1]
+    if "Traceback" in said:
+        raise Wrong(f"limit {limit}: {said[-700:]}")
+    if full.returncode:
+        if not said.strip():
+            raise Wrong(f"limit {limit}: ended without a word")
+        finish(folder, place, f"limit {limit}, then room: ")
     compare(folder, expected)
 
 
-FAMILIES = dict(headers=header, pictures=picture, datalists=datalist, tables=table, configs=config, checkpoints=checkpoint,
-                kills=kill, disks=disk)
+FAMILIES = dict(headers=header, pictures=picture, datalists=datalist, tables=table, configs=config,
+                checkpoints=checkpoint, kills=kill, disks=disk)
 
 
 def trials(family, count, seed=0, first=0):
@@ -362,15 +362,16 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0)
     args = parser.parse_args()
-    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))          # torch alone maps gigabytes that it never touches
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))      # torch alone maps gigabytes
     failures = 0
     for family in FAMILIES if args.family == "all" else [args.family]:
-        count = max(1, args.count // 10) if args.family == "all" and family in ("kills", "disks") else args.count
+        few = args.family == "all" and family in ("kills", "disks")
+        count = max(1, args.count // 10) if few else args.count
         start = time.time()
         wrong = trials(family, count, args.seed, args.first)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-        print(f"{family:12s} {count:6d} trials, seed {args.seed}: {len(wrong)} wrong; {(time.time() - start) / 60:.1f} min, "
-              f"{peak:.2f} GB at most", flush=True)
+        print(f"{family:12s} {count:6d} trials, seed {args.seed}: {len(wrong)} wrong; "
+              f"{(time.time() - start) / 60:.1f} min, {peak:.2f} GB at most", flush=True)
         for number, text in wrong[:20]:
             print(f"   {number}: {text[:300]}")
         failures += len(wrong)
