@@ -290,6 +290,13 @@ def stretched(volume, shape):
     return volume
 
 
+@pytest.mark.parametrize("less", [0, 3, 11.9, 12])
+def test_ellipsoid_voxel_by_voxel_and_nothing_where_no_box_is_left(less):
+    scan = sarcoma.Scan(None, np.zeros((9, 8, 6), bool), np.diag([-3.0, 4.0, 4.0, 1]))      # 27 x 32 x 24 mm
+    found = sarcoma.ellipsoid(scan, less, None)
+    assert np.array_equal(found, in_ellipsoid((9, 8, 6), (3, 4, 4), less)) and found.any() == (less < 11)
+
+
 def test_the_floors_of_the_written_files_by_brute_force(pairs, ran):
     floors = json.loads((ran[0] / "floors.json").read_text())
     for modality in NAMES:
