@@ -43,8 +43,9 @@ def test_token_labels_by_brute_force():
     assert token == len(ids) and ids[0] == 0 and len(set(ids)) > 2
     tiny = np.zeros((8, 8, 8), int)
     tiny[:4, :5, :5] = 3                                                  # 100 of 512 voxels
-    assert probe.token_labels(tiny, 8)[0].tolist() == [3] and probe.token_labels(tiny, 8, share=0.2)[0].tolist() == [0]
-    assert probe.token_labels(tiny, 8, share=100 / 512)[0].tolist() == [3]   # the share itself is enough
+    assert probe.token_labels(tiny, 8)[0].tolist() == [3]
+    for share, label in ((0.2, 0), (100 / 512, 3)):                       # the share itself is enough
+        assert probe.token_labels(tiny, 8, share=share)[0].tolist() == [label]
     for bad in (np.zeros((8, 8, 9), int), np.zeros((8, 8, 8))):
         with pytest.raises(ValueError, match="token_labels"):
             probe.token_labels(bad, 8)
@@ -64,14 +65,15 @@ def test_probes_read_separable_features_and_no_others():
     for score in (probe.linear_probe, probe.knn_probe):
         good, bad = score(*train, *test), score(*blind_train, *blind_test)
         assert good["balanced_accuracy"] > 0.97 and list(good["recall"]) == [1, 2, 3, 4]
-        assert bad["balanced_accuracy"] < 0.4                             # a quarter is chance, whatever the class sizes
+        assert bad["balanced_accuracy"] < 0.4           # a quarter is chance, whatever the class sizes
         drawn = [score(*blind_train, *blind_test, seed=seed, limit=24) for seed in (1, 1, 2)]
         assert drawn[0] == drawn[1] != drawn[2]                           # the seed alone chooses the tokens
         fewer = score(train[0][train[1] != 4], train[1][train[1] != 4], *test)
         assert fewer["untrained"] == [4] and list(fewer["recall"]) == [1, 2, 3]
     scaled = [a * np.logspace(-4, 4, 16) + 1e3 for a in (train[0], test[0])]         # standardised away
     assert probe.linear_probe(scaled[0], train[1], scaled[1], test[1])["balanced_accuracy"] > 0.97
-    longer = probe.knn_probe(train[0] * rng(5).uniform(0.1, 9, (415, 1)), train[1], *test)      # cosine: length is nothing
+    lengths = rng(5).uniform(0.1, 9, (415, 1))          # cosine: length is nothing
+    longer = probe.knn_probe(train[0] * lengths, train[1], *test)
     assert longer == probe.knn_probe(*train, *test)
 
 
@@ -119,11 +121,10 @@ def test_missing_package_is_one_line(monkeypatch):
         probe.silhouette(np.eye(4), [0, 0, 1, 1])
 
 
-@pytest.mark.parametrize("size, crop, overlap, patch", [((96, 64, 70), 64, 0.5, 8), ((130, 64, 64), 64, 0.25, 16), ((64, 64, 64), 64, 0.5, 8)])
+@pytest.mark.parametrize("size, crop, overlap, patch", [
+    ((96, 64, 70), 64, 0.5, 8), ((130, 64, 64), 64, 0.25, 16), ((64, 64, 64), 64, 0.5, 8)])
 def test_overlapping_crops_give_the_most_central_token(size, crop, overlap, patch):
-    seen = []
-    def encoder(x):                                                       # tells every token which crop it comes from and where it lies in it
-        seen.append(x.clone())
+    def encoder(x):                 # tells every token which crop it comes from and where it lies in it
         grid = torch.meshgrid(*[torch.arange(s // patch).float() for s in x.shape[2:]], indexing="ij")
         at = x[0, :, patch // 2::patch, patch // 2::patch, patch // 2::patch]
         return [None] * (int(np.log2(patch)) - 1) + [torch.cat([torch.stack(grid), at])[None]]

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("argv, text", [
-    (["--rows={'a': {}}"], "the study needs `seeds`, `rows`, and shot_rows among them; found seeds (), rows a, shot_rows ()"),
+    (["--rows={'a': {}}"],
+     "the study needs `seeds`, `rows`, and shot_rows among them; found seeds (), rows a, shot_rows ()"),
     (["--seeds=0,", "--rows={'a': {}}", "--shot_rows=('b',)"], "found seeds (0,), rows a, shot_rows ('b',)"),
 ])
 def test_a_study_without_rows_or_seeds_is_refused(argv, text):
@@ -29,13 +30,15 @@ def test_a_study_without_rows_or_seeds_is_refused(argv, text):
 
 
 @pytest.mark.skipif(not os.environ.get("S2DC_REAL_DATA"), reason="S2DC_REAL_DATA is not set")
-@pytest.mark.parametrize("modality, train, tested", [("ct", 6, ["sts_042"]), ("mri", 15, ["sts_012", "sts_042"]),
-                                                     ("pet", 6, ["013_pet", "019_pet", "042_pet"])])
+@pytest.mark.parametrize("modality, train, tested", [
+    ("ct", 6, ["sts_042"]), ("mri", 15, ["sts_012", "sts_042"]),
+    ("pet", 6, ["013_pet", "019_pet", "042_pet"])])
 def test_the_studies_of_real_scans_probe_patients_that_pretraining_has_not_seen(modality, train, tested):
     asked = configs.load(study.Config, [str(HERE / f"configs/study_{modality}.py")])
     keys = asked.pretrain_keys | dict(data=os.environ["S2DC_REAL_DATA"])
-    script = configs.load(pretrain.Config, [str(HERE / asked.pretrain_config), *flags(**keys)])         # takes every key
-    seen = [str(file) for case in data.find_cases(script) for file in case["images"]]
+    # takes every key
+    stage = configs.load(pretrain.Config, [str(HERE / asked.pretrain_config), *flags(**keys)])
+    seen = [str(file) for case in data.find_cases(stage) for file in case["images"]]
     argv = [str(HERE / asked.pretrain_config), *flags(**keys | asked.probe_keys)]
     cfg = probe.load(probe.Config, argv)
     cases = [case for case in data.find_cases(cfg) if case["label"]]
@@ -47,45 +50,53 @@ def test_the_studies_of_real_scans_probe_patients_that_pretraining_has_not_seen(
 
 
 def test_a_study_runs_every_row_once_and_its_table_is_what_the_runs_scored(tmp_path):
-    """Two rows, one seed, two scans with labels; then the same with one more, of which only the new part may run."""
+    """Two rows, one seed, two scans with labels; then with one more, of which only the new part may run."""
     write_phantoms(tmp_path / "data/demo_ct/train", range(3), size=64)
     write_phantoms(tmp_path / "data/demo_ct/unseen", range(50, 54), size=64)
     small = dict(NETWORK) | {"crop": (64, 64, 64)}
     (tmp_path / "study.py").write_text(f"""
 name, seeds, jobs, labelled = "study", (5,), 2, 2
-pretrain_config, finetune_config = {str(HERE / "configs/demo.py")!r}, {str(HERE / "configs/demo_segmentation.py")!r}
+pretrain_config = {str(HERE / "configs/demo.py")!r}
+finetune_config = {str(HERE / "configs/demo_segmentation.py")!r}
 rows = {{"random": None, "in plane": {{"rotation": (0, 0, 20.0)}}}}
 shot_rows = "random", "in plane"
 pretrain_keys = {small | dict(slab=(64, 64, 64), steps=2, warmup=1, hidden=8, embedding=8, save_every=2)!r}
 probe_keys = {{"probe_train": 0.3, "probe_crop": (64, 64, 64)}}
-finetune_keys = {small | dict(steps=1, warmup=0, val="train_002", test="unseen_050", exclude=("unseen_05[123]",), overlap=0.0)!r}
+finetune_keys = {small | dict(steps=1, warmup=0, val="train_002", test="unseen_050", overlap=0.0,
+                              exclude=("unseen_05[123]",))!r}
 workers = 0
 """)
     command = sys.executable, "-m", "lab.study", str(tmp_path / "study.py")
     run = lambda *more: script(tmp_path, tmp_path / "data", *command, *more)
-    with pytest.raises(AssertionError, match="labelled = 3, but .* trains on 2 subjects .train_000, train_001, ...\\n"):
+    few = "labelled = 3, but .* trains on 2 subjects .train_000, train_001, ...\\n"
+    with pytest.raises(AssertionError, match=few):
         run("--shots=1,", "--labelled=3")
     first = run("--shots=1,")
     folder = tmp_path / "runs/study"
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.pt")}
     again = run("--shots=1,2")
-    assert "probe" not in again.split("|")[0] and ", 2: " in again and ", 1: " not in again        # the rest was there
+    # the rest was there
+    assert "probe" not in again.split("|")[0] and ", 2: " in again and ", 1: " not in again
     assert all(path.stat().st_mtime_ns == t for path, t in times.items()) and len(times) >= 6
     stored = json.loads((folder / "study.json").read_text())["results"]
     assert (folder / "study.md").read_text() == again[again.index("| row"):] and first.index("| row")
-    table = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in map(lambda line: line.split("|"), again.splitlines()) if len(cells) > 3}
+    lines = [[cell.strip() for cell in line.split("|")] for line in again.splitlines()]
+    table = {line[1]: line[2:-1] for line in lines if len(line) > 3}
     for row in ("random", "in plane"):
         probed = json.loads((folder / f"{row}-5/probe.json").read_text())
-        assert probed["config"]["rotation"] != [0, 0, 20.0] and probed["config"]["seed"] == 5      # all rows are probed alike
+        # all rows are probed alike
+        assert probed["config"]["rotation"] != [0, 0, 20.0] and probed["config"]["seed"] == 5
         assert probed["config"]["probe_train"] == 0.3
         (encoder, numbers), = probed["probe"].items()
         assert encoder == ("random" if row == "random" else f"runs/study/{row}-5/encoder.pt")
         linear = numbers["linear"]["balanced_accuracy"]
-        assert table[row][0] == f"{linear:.3f} ({linear:.3f})" and stored[f"{row}-5"]["probe"]["value"] == numbers
+        assert table[row][0] == f"{linear:.3f} ({linear:.3f})"
+        assert stored[f"{row}-5"]["probe"]["value"] == numbers
         for column, shots in ((5, 1), (6, 2)):
             result, = json.loads((folder / f"{row}-5-{shots}/results.json").read_text())["results"].values()
             score = result["summary"]["preprocessed"]["dice"]["mean"]["mean"]
             assert table[row][column] == f"{score:.3f} ({score:.3f})" and len(result["rows"]) == 1
             trained = torch.load(folder / f"{row}-5-{shots}/best.pt", weights_only=True)
-            assert len(trained["subjects"]) == shots and trained["config"]["init"] == ("" if row == "random" else encoder)
+            assert len(trained["subjects"]) == shots
+            assert trained["config"]["init"] == ("" if row == "random" else encoder)
     assert table["row"][5:] == ["Dice, 1 labelled", "Dice, 2 labelled"]

@@ -152,19 +152,22 @@ def test_learning_rate_is_a_warm_up_and_half_a_cosine():
     cfg = config(steps=110, warmup=10, lr=2.0, min_lr=0.5)
     rate = [run.lr_at(step, cfg) for step in range(110)]
     assert rate[:10] == pytest.approx([0.2 * k for k in range(1, 11)])
-    assert rate[10:] == pytest.approx([0.5 + 1.5 * math.cos(math.pi * k / 200) ** 2 for k in range(100)])   # (1 + cos 2a) / 2
+    half = [0.5 + 1.5 * math.cos(math.pi * k / 200) ** 2 for k in range(100)]       # (1 + cos 2a) / 2
+    assert rate[10:] == pytest.approx(half)
     assert rate[9] == rate[10] == 2.0 and rate[60] == pytest.approx(1.25) and 0.5 < rate[109] < 0.501
     plain = config(steps=4, warmup=0, lr=1.0)
     assert [run.lr_at(step, plain) for step in range(4)] == pytest.approx([1, 0.853553391, 0.5, 0.146446609])
     assert run.lr_at(3, config(steps=4, warmup=8, lr=1.0)) == 0.5
 
 
-@pytest.mark.parametrize("ranks, accumulate, batch", [(1, 1, 3), (2, 1, 4), (1, 4, 4), (2, 3, 12), (8, 2, 16)])
+@pytest.mark.parametrize("ranks, accumulate, batch", [
+    (1, 1, 3), (2, 1, 4), (1, 4, 4), (2, 3, 12), (8, 2, 16)])
 def test_every_place_of_the_global_batch_is_worked_on_once_a_step(ranks, accumulate, batch):
     cfg = config(steps=5, batch=batch, queue=batch, accumulate=accumulate)
     passes = [list(run.places(cfg, rank, ranks, 2)) for rank in range(ranks)]
     for mine in passes:
         assert len(mine) == 3 * accumulate and {len(one) for one in mine} == {batch // ranks // accumulate}
-    for step in (2, 3, 4):      # one rank after the other, each in the order of its passes: the order in which keys are gathered
-        order = [where for mine in passes for one in mine[(step - 2) * accumulate:(step - 1) * accumulate] for where in one]
-        assert order == [(step, k) for k in range(batch)]
+    # rank after rank, each in the order of its passes, as keys are gathered
+    for k, step in enumerate((2, 3, 4)):
+        done = [one for mine in passes for one in mine[k * accumulate:(k + 1) * accumulate]]
+        assert sum(done, []) == [(step, place) for place in range(batch)]
