@@ -229,7 +229,7 @@ def checkpoint(folder, rng):
     arguments = dict(feature_size=4, num_heads=(1, 1, 1, 1), depths=(1, 1, 1, 1), window_size=2, v2=False)
     encoder = Swin3D(1, **arguments)
     content = dict(format="s2dc/encoder", encoder=encoder.state_dict(), arguments=encoder.arguments)
-    kind = rng.random()
+    kind, path = rng.random(), folder / "encoder.pt"
     if kind > 0.7:
         name = rng.choice(sorted(content["encoder"]))
         content["encoder"][name] = rng.choice([None, torch.tensor(float("nan")), torch.zeros(2), "x",

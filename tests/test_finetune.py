@@ -18,7 +18,6 @@ from conftest import (
     DEMO,
     NETWORK,
     SHORT,
-    SMALL,
     command,
     drawn,
     encoder_file,
@@ -491,15 +490,6 @@ def test_keys_that_cannot_be(refused, keys, text):
 def test_tables_that_do_not_fit(refused, small, keys, rows, text):
     (small / "t.csv").write_text(f"id,class\n{rows}\n")
     assert refused(keys, "demo_classification") == text.format(s=small)
-
-
-def test_scripts_end_with_one_line_on_the_terminal(small):
-    spoil(small, (BOX > 20) * 9)
-    args = command("finetune.py", "demo_segmentation", *flags(**SMALL, **SHORT))
-    done = subprocess.run(args, cwd=small.parent, env=environment(small), capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines() == [f"{small}/s1_lab.nii.gz: holds label ids 9; declared are 0 and 1",
-                                        "1 unusable; mend them or name their ids under `exclude`"]
 
 
 # ---------------------------------------------------------------------------------- starting weights
