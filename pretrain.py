@@ -41,8 +41,8 @@ class Config(data.Config):
     merge: str = "all"              # patch merging; "legacy" to start from an older public checkpoint
     checkpointing: bool = False     # recompute activations in backward: less memory, more time
     init: str = ""                  # encoder weights to start from, any kind that model.load_weights knows
-    hidden: int = 2048              # projector width; released code
-    embedding: int = 512            # projector output; released code
+    hidden: int = 2048              # width of the tokens' projector; released code
+    embedding: int = 512            # output of both heads; released code
     # a training sample
     slab: tuple = (384, 384, 96)    # voxels that one step sees of a scan; released code
     crop: tuple = (96, 96, 96)      # voxels of each crop that the network sees, they tile the slab; paper
@@ -101,8 +101,36 @@ FREE = ("data", "runs", "cache", "workers", "labels", "remap", "checkpointing", 
         "log_every", "save_every", "keep")
 
 
+class Standard(nn.Module):
+    """Pooled features (.., c) less their mean, over their deviation: both followed from step to step.
+
+    The pooled features of crops are nearly alike. Without this the quickest way down for L_g is to make all
+    embeddings equal, where its gradient ends. The released code's projectors have batch norms, which do the
+    same, but of a batch of the one process; here the numbers are those of all processes and earlier steps.
+    """
+
+    def __init__(self, channels, momentum=0.9):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("variance", torch.ones(channels))
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x):
+        return (x - self.mean) / (self.variance + 1e-5).sqrt()
+
+    @torch.no_grad()
+    def follow(self, x):
+        """Move towards the features x (n, c) of a step; rows of 0 were not made."""
+        x = x[(x != 0).any(dim=1)]
+        new = 1 - torch.clamp(self.steps / (self.steps + 1), max=self.momentum)     # at first a plain mean
+        self.mean.lerp_(x.mean(dim=0), new)
+        self.variance.lerp_((x - self.mean).square().mean(dim=0), new)
+        self.steps += 1
+
+
 class Network(nn.Module):
-    """Encoder and the two projectors: the student, and by deep copy the teacher."""
+    """Encoder and a head for tokens and one for crops: the student, and by deep copy the teacher."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -110,16 +138,17 @@ class Network(nn.Module):
         self.encoder = Swin3D(cfg.in_channels, cfg.feature_size, cfg.depths, cfg.num_heads, cfg.window_size,
                               cfg.v2, cfg.merge, cfg.checkpointing)
         self.token_head = Projector(cfg.feature_size * 2 ** self.level, cfg.hidden, cfg.embedding)
-        self.global_head = Projector(cfg.feature_size * 16, cfg.hidden, cfg.embedding)
+        self.standard = Standard(cfg.feature_size * 16)
+        self.global_head = nn.Linear(cfg.feature_size * 16, cfg.embedding, bias=False)
         if cfg.matching == "sinkhorn":
             self.bin_score = nn.Parameter(torch.tensor(cfg.sinkhorn_bin))
 
     def forward(self, slab, keep, twin=None):
         """Encode the crops of a slab that `keep` names, and a moved crop of each slab.
 
-        slab (b, c, x, y, z);  keep (b, n) bool, n crops, numbered along x, then y, then z;  twin (b, c, x, y,
-        z) or None -> tokens (b, t, e) on the slab's one grid, embeddings (b, n, e), or (b, n + 1, e) with the
-        twin's at the end. Of the other crops both are 0.
+        slab (b, c, x, y, z);  keep (b, n) bool, n crops, the last axis first;  twin (b, c, x, y, z) or None
+        -> tokens (b, t, e) on the slab's one grid, embeddings (b, n, e) and pooled features (b, n, f), with
+        the twin's at the end (b, n + 1, ..). Of the other crops all are 0.
         """
         (x, y, z), b = self.crop, len(slab)
         ni, nj, nk = (s // c for s, c in zip(slab.shape[2:], self.crop))
@@ -127,14 +156,15 @@ class Network(nn.Module):
         kept = rearrange(keep, "b n -> (b n)").nonzero().squeeze(1)
         maps = self.encoder(torch.cat([crops[kept], crops[:0] if twin is None else twin]))
         fine = self.token_head(rearrange(maps[self.level][:len(kept)], "n c i j k -> n i j k c"))
-        whole = self.global_head(reduce(maps[-1], "n c i j k -> n c", "mean"))
         tokens = fine.new_zeros(len(crops), *fine.shape[1:]).index_copy(0, kept, fine)
-        embeddings = whole.new_zeros(len(crops), whole.shape[1]).index_copy(0, kept, whole[:len(kept)])
         tokens = rearrange(tokens, "(b ni nj nk) i j k e -> b (ni i nj j nk k) e", b=b, ni=ni, nj=nj, nk=nk)
-        embeddings = rearrange(embeddings, "(b n) e -> b n e", b=b)
-        if twin is not None:
-            embeddings = torch.cat([embeddings, rearrange(whole[len(kept):], "b e -> b 1 e")], dim=1)
-        return tokens, embeddings
+        pooled = reduce(maps[-1], "n c i j k -> n c", "mean")
+        parts = []
+        for x in (self.global_head(self.standard(pooled)), pooled.detach()):
+            part = rearrange(x.new_zeros(len(crops), x.shape[1]).index_copy(0, kept, x[:len(kept)]),
+                             "(b n) e -> b n e", b=b)
+            parts.append(torch.cat([part, rearrange(x[len(kept):], "(b n) e -> b n e", b=b)], dim=1))
+        return tokens, *parts
 
 
 class Queue:
@@ -184,13 +214,14 @@ def negatives_of(cfg, step_keys, step_allowed, queue, subjects):
 
 @torch.no_grad()
 def taught(batch, teacher, cfg, device, bf16):
-    """The batch on the device, V, and the teacher's tokens of V' and unit keys of its crops and the twin."""
+    """The batch on the device, V, and of the teacher the tokens of V', the unit keys of its crops and the
+    twin, and their pooled features."""
     batch = {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
              for key, value in batch.items()}
     V, V_, twin = data.views(batch, cfg)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        tokens_, keys = teacher(V_, crops_seen(batch["valid_"], cfg), twin)
-    return batch, V, tokens_, nn.functional.normalize(keys.float(), dim=-1)
+        tokens_, keys, pooled = teacher(V_, crops_seen(batch["valid_"], cfg), twin)
+    return batch, V, tokens_, nn.functional.normalize(keys.float(), dim=-1), pooled.float()
 
 
 @torch.no_grad()
@@ -397,24 +428,26 @@ def main(argv):
     for step in range(first, cfg.steps):
         for group in optimizer.param_groups:
             group["lr"] = run.lr_at(step, cfg)
-        passes, keys, terms = [], [], {}
+        passes, keys, pooled_, pooled, terms = [], [], [], [], {}
         for _ in range(cfg.accumulate):     # the teacher first: all its keys are L_g's negatives
             start = time.time()
             batch = next(batches)
             waited += time.time() - start
-            batch, V, tokens_, new = taught(batch, teacher, cfg, device, bf16)  # (b, t, e), (b, n + 1, e)
-            keys.append(new)
-            passes.append((batch, V, tokens_, new[:, -1]))
+            batch, V, tokens_, *new = taught(batch, teacher, cfg, device, bf16)     # .., 2 x (b, n + 1, ..)
+            keys.append(new[0])
+            pooled_.append(new[1])
+            passes.append((batch, V, tokens_))
         keys = gathered(torch.cat(keys), ranks)                     # (batch, n + 1, e)
         subjects = slabs.subjects(step).to(device)                  # (batch,)
-        for a, (batch, V, tokens_, key) in enumerate(passes):
+        for a, (batch, V, tokens_) in enumerate(passes):
             chosen, b = batch["chosen"], torch.arange(len(V), device=device)
             keep = crops_seen(batch["valid"], cfg).index_put((b, chosen), batch["valid"].new_ones(()))
             model.require_backward_grad_sync = a == cfg.accumulate - 1  # gradients travel once
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                tokens, embeddings = model(V, keep)                 # (b, t, e), (b, n, e)
+                tokens, embeddings, new = model(V, keep)            # (b, t, e), (b, n, e), (b, n, f)
+            pooled.append(new.float())
             query, places = embeddings[b, chosen], (rank * cfg.accumulate + a) * len(V) + b
-            now = others_of_step(keys, subjects, places, batch["apart"])
+            key, now = keys[places, -1], others_of_step(keys, subjects, places, batch["apart"])
             negatives, allowed = negatives_of(cfg, *now, queue, subjects[places])       # (K, e), (b, K)
             out = losses.s2dc_loss(
                 tokens, tokens_, batch["pairs"], query, key, negatives, allowed=allowed, weights=cfg.weights,
@@ -433,6 +466,8 @@ def main(argv):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         follow(teacher, student, cfg.momentum)
+        for network, seen in ((student, pooled), (teacher, pooled_)):
+            network.standard.follow(rearrange(gathered(torch.cat(seen), ranks), "b n f -> (b n) f"))
         queue.push(keys[:, -1], subjects)
         for name, value in (terms | {"grad_norm": norm}).items():
             sums[name] = sums.get(name, 0) + value.float()

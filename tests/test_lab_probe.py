@@ -222,7 +222,8 @@ def test_crops_are_recognised_among_the_twins_of_one_teacher(spheres, tmp_path):
             x, y, z = batch["crop"][0].tolist()
             crop = V[:, :, x:x + cfg.crop[0], y:y + cfg.crop[1], z:z + cfg.crop[2]]
             for network, volume, rows in ((student, crop, queries), (teacher, twin, keys)):
-                rows.append(network.global_head(network.encoder(volume)[-1].mean((2, 3, 4)))[0].numpy())
+                pooled = network.encoder(volume)[-1].mean((2, 3, 4))
+                rows.append(network.global_head(network.standard(pooled))[0].numpy())
     sim = np.array([[cosine(q, k) for k in keys] for q in queries])
     assert found["top1"] == pytest.approx(np.mean(sim.argmax(1) == np.arange(6))) and found["top1_chance"] == pytest.approx(1 / 6)
     terms = [np.log(np.exp(row / cfg.global_temperature).sum()) - row[n] / cfg.global_temperature for n, row in enumerate(sim)]

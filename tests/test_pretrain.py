@@ -274,9 +274,9 @@ def test_gradient_of_a_batch_is_the_mean_of_its_halves(place, v2):
     def gradient(which):
         student.zero_grad()
         keep = torch.ones(len(which), 1, dtype=torch.bool)
-        tokens, embeddings = student(V[which], keep)
+        tokens, embeddings, _ = student(V[which], keep)
         with torch.no_grad():
-            tokens_, keys = student(V_[which], keep, twin[which])
+            tokens_, keys, _ = student(V_[which], keep, twin[which])
         query, key = embeddings[:, 0], keys[:, -1]
         mine = torch.cat([pairs[pairs[:, 0] == b] * torch.tensor([0, 1, 1]) + torch.tensor([k, 0, 0])
                           for k, b in enumerate(which)])
@@ -517,8 +517,13 @@ def grid_tokens(network, volume, cfg):
     return network.token_head(torch.stack([rows[at] for at in itertools.product(*map(range, grid))])[None])
 
 
+def features(network, crop):
+    return network.encoder(crop)[-1].mean(dim=(2, 3, 4))
+
+
 def pooled(network, crop):
-    return network.global_head(network.encoder(crop)[-1].mean(dim=(2, 3, 4)))
+    seen = network.standard
+    return (features(network, crop) - seen.mean) / (seen.variance + 1e-5) ** 0.5 @ network.global_head.weight.T
 
 
 def test_crops_without_body_pass_neither_network_and_change_nothing(place):
@@ -538,8 +543,8 @@ def test_crops_without_body_pass_neither_network_and_change_nothing(place):
     def step(keep):
         student.zero_grad()
         with torch.no_grad():
-            tokens_, keys = student(V_, keep, twin)
-        tokens, embeddings = student(V, keep)
+            tokens_, keys, _ = student(V_, keep, twin)
+        tokens, embeddings, _ = student(V, keep)
         negatives, allowed = pretrain.others_of_step(keys, torch.tensor([4, 7]), torch.tensor([0, 1]),
                                                      torch.tensor([[False, False], [True, False]]))
         loss = losses.s2dc_loss(tokens, tokens_, pairs, embeddings[:, 0], keys[:, -1], negatives, allowed=allowed,
@@ -580,8 +585,9 @@ def test_tokens_of_all_crops_land_on_the_one_grid_of_the_slab(place, patch):
     network = pretrain.Network(cfg).requires_grad_(False)
     slab, twin = torch.rand(2, 1, 128, 64, 192), torch.rand(2, 1, 64, 64, 96)
     keep = torch.tensor([[True] * 4, [True, False, True, True]])    # crops 0 1 2 3 start at x z = 0 0, 0 96, 64 0, 64 96
-    tokens, embeddings = network(slab, keep)
-    same, with_twin = network(slab, keep, twin)
+    network.standard.follow(torch.randn(40, 64) * 3 + 1)
+    tokens, embeddings, seen = network(slab, keep)
+    same, with_twin, seen_with_twin = network(slab, keep, twin)
     close = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-5)
     close(tokens, same)
     by_hand = torch.cat([grid_tokens(network, v[None], cfg) for v in slab])
@@ -594,6 +600,9 @@ def test_tokens_of_all_crops_land_on_the_one_grid_of_the_slab(place, patch):
     assert (embeddings[1, 1] == 0).all()
     close(with_twin[:, :4], embeddings)
     close(with_twin[:, 4], pooled(network, twin))
+    close(seen[1, 2], features(network, slab[1:2, :, 64:, :, :96])[0])
+    close(seen_with_twin[:, 4], features(network, twin))
+    assert (seen[1, 1] == 0).all()
     assert (embeddings[0, 1] - embeddings[1, 2]).abs().min() > 1e-3 and (tokens[0, 0] - tokens[0, 1]).abs().max() > 1e-3
 
 
@@ -607,48 +616,65 @@ def cropped(volume, corner, cfg):
     return volume[:, :, x, y, z]
 
 
-def others(cfg, teacher, batch, V_, keys, b, ring):
-    """(K, e): what slab b of the batch is told from, one key after the other. ring: pairs of earlier keys and their scans."""
-    grid, rows = [s // cfg.token_patch for s in cfg.slab], []
-    valid_ = batch["valid_"].reshape(len(V_), *grid)
-    for m in range(len(V_)):
+def crops_of_step(cfg, valid, volumes):
+    """{(slab, crop): (1, c, x, y, z)} of the crops that show the body."""
+    found, grid = {}, [s // cfg.token_patch for s in cfg.slab]
+    for m in range(len(volumes)):
         for n, corner in enumerate(corners(cfg)):
             i, j, k = (slice(a // cfg.token_patch, (a + c) // cfg.token_patch) for a, c in zip(corner, cfg.crop))
-            usable = batch["id"][m] != batch["id"][b] or (m == b and batch["apart"][b, n])
-            if usable and valid_[m, i, j, k].any():
-                rows.append(pooled(teacher, cropped(V_[m:m + 1], corner, cfg))[0])
-        if batch["id"][m] != batch["id"][b]:
-            rows.append(keys[m])
-    now = rows if cfg.negatives in ("step", "both") else []
+            if valid.reshape(len(volumes), *grid)[m, i, j, k].any():
+                found[m, n] = cropped(volumes[m:m + 1], corner, cfg)
+    return found
+
+
+@torch.no_grad()
+def follow_by_hand(network, crops):
+    """The running mean and deviation of pooled features, after a step in which these crops passed."""
+    seen, x = network.standard, torch.cat([features(network, crop) for crop in crops])
+    old = min(0.9, seen.steps.item() / (seen.steps.item() + 1))
+    mean = old * seen.mean + (1 - old) * x.mean(0)
+    variance = old * seen.variance + (1 - old) * ((x - mean) ** 2).mean(0)
+    return dict(mean=mean, variance=variance, steps=seen.steps + 1)
+
+
+def others(cfg, batch, keys, b, ring):
+    """(K, e): what slab b is told from, keys centred already. ring: pairs of earlier keys and their scans."""
+    def counts(m, n):
+        return batch["id"][m] != batch["id"][b] or (m == b and n != "twin" and batch["apart"][b, n])
+    now = [key for (m, n), key in keys.items() if counts(m, n)] if cfg.negatives in ("step", "both") else []
     old = [key for key, scan in ring if scan != batch["id"][b]] if cfg.negatives in ("queue", "both") else []
     return torch.stack([*now, *old]) if now or old else torch.zeros(0, cfg.embedding)
 
 
 def written_out(cfg, student, teacher, batch, ring):
-    """(3,) L_g, L_p2p, L_p2s of Eq. 1, 5 and 8, and the keys (b, e): one slab, one crop, one equation after the other."""
+    """(3,) L_g, L_p2p, L_p2s of Eq. 1, 5 and 8, the new keys with their scans, and what both networks' means and
+    deviations become: one slab, one crop, one equation after the other."""
     V, V_, twin = data.views(batch, cfg)
     grid = [s // cfg.token_patch for s in cfg.slab]
-    inside = batch["valid"], batch["valid_"]
     with torch.no_grad():
-        keys = torch.cat([pooled(teacher, moved[None]) for moved in twin])
+        crops = crops_of_step(cfg, batch["valid_"], V_) | {(m, "twin"): twin[m:m + 1] for m in range(len(V_))}
+        keys = {at: pooled(teacher, crop)[0] for at, crop in crops.items()}
     terms = []
     for b in range(len(V)):
         x, y, z = batch["crop"][b].tolist()
         with torch.no_grad():
-            tokens_, key = grid_tokens(teacher, V_[b:b + 1], cfg), keys[b:b + 1]
-            queue = others(cfg, teacher, batch, V_, keys, b, ring)
+            tokens_, queue = grid_tokens(teacher, V_[b:b + 1], cfg), others(cfg, batch, keys, b, ring)
         query = pooled(student, V[b:b + 1, :, x:x + cfg.crop[0], y:y + cfg.crop[1], z:z + cfg.crop[2]])
         sim = losses.similarity(grid_tokens(student, V[b:b + 1], cfg), tokens_)
         M_gt = data.correspondence(batch["H"][b:b + 1], grid, cfg.token_patch)
-        valid, valid_ = (each[b:b + 1] for each in inside)
+        valid, valid_ = batch["valid"][b:b + 1], batch["valid_"][b:b + 1]
         if cfg.matching == "sinkhorn":
             M_hat = losses.sinkhorn(sim, cfg.temperature, student.bin_score, cfg.sinkhorn_iterations, valid, valid_)
         else:
             M_hat = losses.dual_softmax(sim, cfg.temperature, valid, valid_)
-        terms.append(torch.stack([
-            losses.info_nce(query, key, queue, cfg.global_temperature), losses.patch_to_patch(M_hat, M_gt),
-            losses.patch_to_structure(M_hat, M_gt, sim, cfg.structure, cfg.structure_detach, valid=valid, valid_=valid_)]))
-    return torch.stack(terms).mean(dim=0), [(key / key.norm(), scan) for key, scan in zip(keys, batch["id"])]
+        L_g = losses.info_nce(query, keys[b, "twin"][None], queue, cfg.global_temperature)
+        L_p2s = losses.patch_to_structure(M_hat, M_gt, sim, cfg.structure, cfg.structure_detach, valid, valid_)
+        terms.append(torch.stack([L_g, losses.patch_to_patch(M_hat, M_gt), L_p2s]))
+    twins = [(keys[b, "twin"] / keys[b, "twin"].norm(), scan) for b, scan in enumerate(batch["id"])]
+    mine = crops_of_step(cfg, batch["valid"], V)
+    for b in range(len(V)):
+        mine.setdefault((b, batch["chosen"][b].item()), cropped(V[b:b + 1], batch["crop"][b].tolist(), cfg))
+    return torch.stack(terms).mean(dim=0), twins, (follow_by_hand(student, mine.values()), follow_by_hand(teacher, crops.values()))
 
 
 def test_four_steps_equal_the_same_written_out(place):
@@ -664,7 +690,7 @@ def test_four_steps_equal_the_same_written_out(place):
     first, second = ([torch.zeros_like(p) for p in student.parameters()] for _ in range(2))
     ring, norms = [], []
     for step, rate in enumerate((1e-3, 2e-3, 2e-3, 1.5e-3)):
-        terms, new = written_out(cfg, student, teacher, batch_of(place, cfg, step), ring)
+        terms, new, followed = written_out(cfg, student, teacher, batch_of(place, cfg, step), ring)
         loss = 0.5 * terms[0] + terms[1] + 2 * terms[2]
         gradients = torch.autograd.grad(loss, list(student.parameters()))
         norm = torch.cat([g.flatten() for g in gradients]).norm().item()
@@ -684,6 +710,8 @@ def test_four_steps_equal_the_same_written_out(place):
                 p.mul_(1 - rate * 0.5 if p.ndim > 1 else 1)
                 p.sub_(rate * m / (1 - 0.9 ** (step + 1)) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8))
                 slow.copy_(0.9 * slow + 0.1 * p)
+        for network, state in zip((student, teacher), followed):
+            network.standard.load_state_dict(state)
         assert norm > 0.7
         ring = [*ring, *new][-5:]
     assert last(run)["queue_count"] == 8                            # slots 5 6 7 3 4 hold keys 5 6 7 3 4
@@ -713,7 +741,7 @@ def test_ablations_are_switches(place, keys):
     torch.manual_seed(cfg.seed)
     before = pretrain.Network(cfg)
     with torch.no_grad():
-        terms, _ = written_out(cfg, before, copy.deepcopy(before), batch_of(place, cfg, 0), [])
+        terms, _, _ = written_out(cfg, before, copy.deepcopy(before), batch_of(place, cfg, 0), [])
     line = log(run)[1][0]
     expected = [sum(w * t for w, t in zip(cfg.weights, terms.tolist())), *terms.tolist()]
     assert [line[key] for key in TERMS] == pytest.approx(expected, rel=1e-4, abs=1e-6)
