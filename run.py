@@ -187,11 +187,17 @@ def lock(folder):
     """An open file that keeps `folder` for this process while it is open or the process ends; exits when
     another one has it. Sweeps what killed saves left."""
     folder.mkdir(parents=True, exist_ok=True)
-    held = open(folder / "lock", "w")
+    held, me = open(folder / "lock", "a+"), str(os.getpid())
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held.truncate(0)
+        held.write(me)
+        held.flush()
     except BlockingIOError:
-        raise SystemExit(f"{folder}: another process trains under this name; give --name=another") from None
+        held.seek(0)
+        if held.read() != me:           # what failed before in this process may still be remembered
+            raise SystemExit(f"{folder}: another process trains under this name; "
+                             "give --name=another") from None
     for left in folder.glob(".*.tmp"):
         left.unlink(missing_ok=True)
     return held

@@ -390,6 +390,7 @@ def test_a_longer_run_goes_on_from_a_shorter_one_and_a_name_in_use_is_refused(pl
     assert last(run)["step"] == 3
     held = open(run / "lock")
     fcntl.flock(held, fcntl.LOCK_EX)
+    (run / "lock").write_text("1")                                  # the number of another process
     text = ends(within, place, argv(place, name="longer", steps=4, warmup=0, v2=False))
     assert text == f"{run}: another process trains under this name; give --name=another"
 
