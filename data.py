@@ -1114,7 +1114,7 @@ class Slabs(torch.utils.data.Dataset):
         boxes = [seen_through(H, size, start, shape), seen_through(H_twin, crop, start + crop_start, shape),
                  (start, start + size)]                             # the slab itself, whole
         low, high = np.min([a for a, _ in boxes], 0), np.max([b for _, b in boxes], 0)
-        valid, valid_ = tokens_of(scan, start, H, cfg)
+        valid, valid_ = tokens_of(shape, body if cfg.tokens == "body" else None, start, H, cfg)
         # where the middle of each crop of V' comes from
         home = transform(torch.linalg.inv(H), patch_centres(size // crop, crop)).numpy()
         apart = (np.abs(home - crop_start - (crop - 1) / 2) >= crop).any(1)
@@ -1136,22 +1136,22 @@ def crops_with_body(body, start, size, crop):
     return np.stack(np.unravel_index(np.flatnonzero(enough), grid), axis=1)
 
 
-def tokens_of(scan, start, H, cfg):
+def tokens_of(shape, body, start, H, cfg):
     """valid, valid_ (t,) bool: the tokens of V and V' that take part, a slab from voxel `start` on.
 
-    By the centre of a token's patch: it lies in the scan, and, with cfg.tokens = "body", in its body map.
+    By the centre of a token's patch: it lies in the scan of `shape` (3,), and in its body map unless that is
+    None.
     """
     patch = cfg.token_patch
     c = patch_centres([s // patch for s in cfg.slab], patch)
     home = transform(torch.linalg.inv(H), c)                        # what V' shows there, in V
-    return [_is_shown(scan, points.numpy() + start, cfg.tokens == "body") for points in (c, home)]
+    return [_is_shown(shape, body, points.numpy() + start) for points in (c, home)]
 
 
-def _is_shown(scan, points, in_body):
-    """(t,) bool: whether points (t, 3), in voxels of the scan, lie in it, and in its body if asked."""
-    inside = ((points >= -0.5) & (points <= np.array(scan.shape) - 0.5)).all(1)
-    if in_body:
-        body = scan.body()
+def _is_shown(shape, body, points):
+    """(t,) bool: whether points (t, 3), in voxels of the scan, lie in it, and in its body if given."""
+    inside = ((points >= -0.5) & (points <= shape - 0.5)).all(1)
+    if body is not None:
         i, j, k = np.clip((points + 0.5) // BODY_CELL, 0, np.array(body.shape) - 1).astype(int).T
         inside &= body[i, j, k]
     return inside

@@ -39,7 +39,10 @@ def main(argv):
     if not headers:
         raise SystemExit(f"none of the {len(cases)} scans can be read")
     some = headers[::max(1, len(headers) // cfg.look)][:cfg.look]
-    samples = [described(path) for path, _, _ in some]
+    try:
+        samples = [described(path) for path, _, _ in some]
+    except data.VolumeError as error:                               # its header was fine
+        raise SystemExit(f"{error}; move it away, or name the others by the pattern") from None
     text = written(out.stem, root, patterns, headers, samples)
     if reasons:
         text += f"exclude = {tuple(name for name, _ in reasons)}    # cannot be read\n"

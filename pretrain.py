@@ -98,7 +98,7 @@ class Config(data.Config):
 # a run goes on when these change: where things lie, how fast, how much memory, what is written; it depends on
 # every other key
 FREE = ("data", "runs", "cache", "workers", "labels", "remap", "checkpointing", "accumulate", "compile",
-        "log_every", "save_every", "keep")
+        "fill_share", "log_every", "save_every", "keep")
 
 
 class Standard(nn.Module):
@@ -331,12 +331,16 @@ def build(cfg, device, new):
 
 def restore(state, student, teacher, optimizer, queue):
     """What a resumed run takes from last.pt beside its step; the keys are those of save_state."""
-    student.load_state_dict(state["student"])
-    teacher.load_state_dict(state["teacher"])
-    optimizer.load_state_dict(state["optimizer"])
-    queue.keys.copy_(state["queue"])
-    queue.subjects.copy_(state["queue_subjects"])
-    queue.count = state["queue_count"]
+    try:
+        student.load_state_dict(state["student"])
+        teacher.load_state_dict(state["teacher"])
+        optimizer.load_state_dict(state["optimizer"])
+        queue.keys.copy_(state["queue"])
+        queue.subjects.copy_(state["queue_subjects"])
+        queue.count = state["queue_count"]
+    except (KeyError, RuntimeError, ValueError):
+        raise SystemExit(f"{state['config']['name']}: last.pt is of another version of this program, which "
+                         "cannot go on from it; give --name=another, --init takes its encoder.pt") from None
 
 
 def save_state(path, student, teacher, optimizer, queue, cfg, step):

@@ -45,7 +45,10 @@ def program(main):
             print(said, file=sys.stderr, flush=True)
         else:
             time.sleep(2)                                           # torchrun stops all when the first ends
-        os._exit(code) if dist.is_initialized() else sys.exit(code)
+        sys.stdout.flush()
+        if dist.is_initialized():
+            os._exit(code)                                          # the others may wait in a collective
+        sys.exit(code)
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -266,8 +269,10 @@ def diverged(folder, step, said):
     """Exit of a run whose numbers are not finite, so that the same command with a lower rate goes on.
 
     From the last checkpoint that has trained a step: one of this very step has not, and gives way to the one
-    before it, or to none.
+    before it, or to none. The first process alone moves files.
     """
+    if processes()[0] > 0:
+        raise SystemExit(f"step {step}: not finite ({said})")
     for name in ("encoder.pt", "last.pt"):
         path = folder / name
         if path.exists() and read_file(path)["step"] == step:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, reduce
 
 import configs
 import data
@@ -176,7 +176,7 @@ def _embedding(network, volume):
 
 def _pooled(encoder, volume):
     """(1, 16 f): the last map's mean, what the projector of L_g sees."""
-    return encoder(volume)[-1].mean((2, 3, 4))
+    return reduce(encoder(volume)[-1], "b c x y z -> b c", "mean")
 
 
 def token_labels(label_map, patch, share=0.15):

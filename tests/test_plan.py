@@ -57,6 +57,15 @@ def test_a_plan_leaves_out_what_cannot_be_read_and_writes_over_nothing(tmp_path,
         planned(tmp_path / "new", tmp_path / "nowhere/at/all/*.nii.gz")
 
 
+def test_a_scan_whose_voxels_are_damaged_is_one_line(tmp_path):
+    phantom.write(tmp_path / "scans", range(1), size=64)
+    file, = (tmp_path / "scans/imagesTr").glob("*.nii.gz")
+    file.write_bytes(file.read_bytes()[:20000])
+    with pytest.raises(SystemExit, match=f"^{file}: the file is damaged .*; move it away, or name the others") as caught:
+        planned(tmp_path, f"{tmp_path}/scans/imagesTr/*.nii.gz")
+    assert "\n" not in str(caught.value) and not (tmp_path / "planned.py").exists()
+
+
 def test_boxes_decide_slab_crop_and_patch():
     assert plan.sizes(np.array([[400, 390, 100]] * 3)) == ((384, 384, 96), (96, 96, 96), 16, 3456, 1.0)
     slab, crop, patch, tokens, share = plan.sizes(np.array([[70, 66, 64], [64, 64, 32]]))

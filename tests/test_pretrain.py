@@ -330,6 +330,15 @@ def test_resumption_with_another_learning_rate_is_refused(place, killed):
     assert before == ((killed / "last.pt").read_bytes(), (killed / "log.jsonl").read_bytes())
 
 
+def test_a_checkpoint_of_an_older_network_is_one_line(place, killed, tmp_path):
+    (tmp_path / "ten").mkdir()
+    state = last(killed)
+    state["student"] = {key: value for key, value in state["student"].items() if not key.startswith("standard.")}
+    torch.save(state, tmp_path / "ten/last.pt")
+    text = ends(within, place, argv(place, runs=tmp_path, **TEN))
+    assert text.startswith("ten: last.pt is of another version of this program") and "--init takes its encoder.pt" in text
+
+
 def test_damaged_checkpoint_is_one_line(place, killed, tmp_path):
     (tmp_path / "ten").mkdir()
     (tmp_path / "ten/last.pt").write_bytes((killed / "last.pt").read_bytes()[:5000])

@@ -58,8 +58,8 @@ def test_pretraining_depends_on_every_key_but_those_that_say_where_and_how_fast(
     run.save(tmp_path / "last.pt", dict(step=4, config=dataclasses.asdict(pretrain.Config())))
     other = copy.copy(pretrain.Config())
     setattr(other, key, {"steps": 7, "lr": 1.0}.get(key, "else"))
-    free = ("data", "runs", "cache", "workers", "labels", "remap", "checkpointing", "accumulate", "compile", "log_every", "save_every",
-            "keep")
+    free = ("data", "runs", "cache", "workers", "labels", "remap", "checkpointing", "accumulate", "compile", "fill_share",
+            "log_every", "save_every", "keep")
     if key in free:
         assert run.resume(tmp_path, other, pretrain.FREE, print)["step"] == 4
     else:
@@ -126,6 +126,17 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_names_the_file(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert run.foreseen(caught.value) == f"{path}: cannot be written, the disk is full"
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_only_the_first_process_moves_a_ruined_checkpoint(tmp_path, monkeypatch):
+    for step in (3, 4):
+        run.save(tmp_path / "last.pt", dict(step=step), keep=True)
+    monkeypatch.setenv("RANK", "1")
+    assert ends(run.diverged, tmp_path, 4, "loss nan") == "step 4: not finite (loss nan)"
+    assert torch.load(tmp_path / "last.pt")["step"] == 4
+    monkeypatch.setenv("RANK", "0")
+    assert "last.pt, of step 3; the same command" in ends(run.diverged, tmp_path, 4, "loss nan")
+    assert torch.load(tmp_path / "last.pt")["step"] == 3 and torch.load(tmp_path / "last.bad.pt")["step"] == 4
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
