@@ -16,3 +16,7 @@ scans = ()                      # .. of the demo
 image = "sarcoma/t1/imagesTr/{id}.nii.gz"
 exclude = (*_test, *_val)       # nobody who is scored
 keep = ()
+slab = crop = (64, 64, 32)      # that of fine-tuning: of one of 64^3 a third would be padding
+batch = 4
+steps = 300
+warmup = 30
