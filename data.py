@@ -63,6 +63,8 @@ class Config:
     crop_foreground: bool = True    # cut to the bounding box of the foreground; released code
     spacing: tuple = ()             # mm per voxel along x y z, () keeps each scan's own; released code: own
     resize: tuple = ()              # voxels along x y z to stretch to, () keeps the size (classification)
+    # several modalities in one set: {pattern of ids: {intensity, window, spacing, ..}}, each scan by its own
+    rules: dict = dataclasses.field(default_factory=dict)
     cache: str = "cache"            # folder of the memory-mapped arrays
     workers: int = 4                # processes that fill the cache, and that load batches for each rank
 
@@ -456,9 +458,24 @@ PREPROCESSING_KEYS = ("intensity", "window", "zscore_over", "foreground", "crop_
 def preprocessing(cfg):
     """The part of a configuration that decides what the network sees; stored in every checkpoint."""
     keys = {"version": PREPROCESSING_VERSION} | {key: getattr(cfg, key) for key in PREPROCESSING_KEYS}
+    keys |= {"rules": cfg.rules} if cfg.rules else {}
     if not (cfg.label or (cfg.datalist and cfg.datalist_label)):    # names of what is not read do not count
         keys |= dict(labels={}, remap={})
     return keys
+
+
+def ruled(case, cfg):
+    """The config with what cfg.rules say of this case; without any rules the config itself."""
+    if not cfg.rules:
+        return cfg
+    own = [keys for pattern, keys in cfg.rules.items() if fnmatch.fnmatch(case["id"], pattern)]
+    known = ("intensity", "window", "zscore_over", "foreground", "crop_foreground", "spacing")
+    strange = [key for keys in cfg.rules.values() for key in keys if key not in known]
+    if len(own) != 1 or strange:
+        found = f"the key {strange[0]!r}" if strange else f"{len(own)} patterns that fit the id {case['id']!r}"
+        raise SystemExit(f"rules: found {found}; expected one pattern for every id, with keys among "
+                         f"{', '.join(known)}")
+    return dataclasses.replace(cfg, **own[0])
 
 
 def preprocess(case, cfg):
@@ -469,7 +486,7 @@ def preprocess(case, cfg):
     the returned grid), fill (c,) what stands for "outside the scan" (each channel's least value), what the
     summary shows. Raises VolumeError.
     """
-    paths, channels = case["images"] + case["targets"], len(case["images"])
+    cfg, paths, channels = ruled(case, cfg), case["images"] + case["targets"], len(case["images"])
     volumes, affine, record = _read_case(case, cfg)
     orders = [1] * len(paths) + [0]                                 # linear; nearest for the label at the end
     if cfg.spacing:
@@ -801,7 +818,7 @@ def expected_bytes(case, cfg):
 
     2 bytes a voxel, and a byte a cell of the first image's body map: less than a hundredth of that.
     """
-    total = 0
+    cfg, total = ruled(case, cfg), 0
     if case["label"]:                                               # its table of positions, 16 bytes a row
         total += 16 * FIRST_PER_CLASS * (len(cfg.labels) or 32)
     for path in _files(case):

@@ -37,8 +37,7 @@ rows = {
     "token losses halved": {"weights": (1, 0.5, 0.5)},
     "token losses doubled": {"weights": (1, 2, 2)},
 }
-shot_rows = ("random", "L_g", "all three")
-shots = (1, 2, 4, 8)            # takes hours on a CPU; () leaves it at the probes
+shots = dict.fromkeys(("random", "L_g", "all three"), (1, 2, 4, 8))     # hours on a CPU; {}: probes alone
 labelled = 20                   # training subjects of the fine-tuning config
 finetune_config = "configs/demo_segmentation.py"
 # 10 of the 32

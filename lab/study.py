@@ -17,6 +17,7 @@ import torch
 
 import configs
 import finetune
+import metrics
 import run
 import tasks
 from model import Swin3D
@@ -30,12 +31,15 @@ class Config:
     data: str = "data"
     cache: str = "cache"
     workers: int = 1                # of each process
-    rows: dict = dataclasses.field(default_factory=dict)            # {row: keys of pretrain.py; None: random}
+    # {row: keys of pretrain.py; None: random weights; {"init": file}: an encoder there is, {seed} in its name}
+    rows: dict = dataclasses.field(default_factory=dict)
     seeds: tuple = ()               # of every row, e.g. (0, 1, 2)
     jobs: int = 1                   # processes at a time
-    shot_rows: tuple = ()           # rows that are fine-tuned with few labels
-    shots: tuple = ()               # labelled scans, e.g. (1, 2, 4, 8)
+    probes: bool = True             # lab.probe for every row
+    shots: dict = dataclasses.field(default_factory=dict)   # {row: labelled scans, e.g. (1, 2, 4, 8)}
     labelled: int = 20              # training subjects of the fine-tuning config
+    grid: str = "preprocessed"      # on which segmentations are scored, or "original"
+    hd95: bool = False
     pretrain_config: str = ""
     finetune_config: str = ""
     pretrain_keys: dict = dataclasses.field(default_factory=dict)   # for all rows alike
@@ -45,10 +49,10 @@ class Config:
 
 def check(cfg):
     """Exit unless there are rows, seeds and cfg.labelled training subjects, of which the shots are shares."""
-    if not cfg.rows or not cfg.seeds or set(cfg.shot_rows) - set(cfg.rows):
-        raise SystemExit("the study needs `seeds`, `rows`, and shot_rows among them; found seeds "
-                         f"{cfg.seeds}, rows {', '.join(cfg.rows) or 'none'}, shot_rows {cfg.shot_rows}")
-    if not all(0 < n <= cfg.labelled for n in cfg.shots):
+    if not cfg.rows or not cfg.seeds or set(cfg.shots) - set(cfg.rows):
+        raise SystemExit("the study needs `seeds`, `rows`, and shots of some of them; found seeds "
+                         f"{cfg.seeds}, rows {', '.join(cfg.rows) or 'none'}, shots {cfg.shots}")
+    if not all(0 < n <= cfg.labelled for numbers in cfg.shots.values() for n in numbers):
         raise SystemExit(f"shots = {cfg.shots}: expected 1 to {cfg.labelled} (labelled)")
     if cfg.shots:
         keys = cfg.finetune_keys | dict(data=cfg.data, label_fraction=1.0)
@@ -64,34 +68,42 @@ def flags(keys):
 
 
 def plan(row, seed, cfg):
-    """{part: [[module, config, ..], ..]}; the parts are "probe" and every number of labelled scans."""
+    """{part: [[module, config, ..], ..]}: "pretrain", "probe" and every number of labelled scans."""
     name, own, runs = f"{row}-{seed}", cfg.rows[row], Path(cfg.runs) / cfg.name
     same = dict(runs=runs, seed=seed, data=cfg.data, cache=cfg.cache, workers=cfg.workers)
     probing = same | cfg.pretrain_keys | cfg.probe_keys | dict(name=name, probe_random=False)
+    parts, init = {}, ""
     if own is None:
-        commands, init = [], ""
         probing["checkpoint"] = "random"
+    elif "init" in own:
+        init = probing["checkpoint"] = own["init"].format(seed=seed)
     else:
         keys, init = same | cfg.pretrain_keys | own | dict(name=name), runs / name / "encoder.pt"
-        commands = [["pretrain", cfg.pretrain_config, *flags(keys)]]
+        parts["pretrain"] = [["pretrain", cfg.pretrain_config, *flags(keys)]]
         # Of the row its network alone: all rows are probed by the same moves and tokens.
         probing |= {k: v for k, v in own.items() if k in inspect.signature(Swin3D).parameters}
-    parts = {"probe": [*commands, ["lab.probe", cfg.pretrain_config, *flags(probing)]]}
-    for shots in cfg.shots if row in cfg.shot_rows else ():
+    if cfg.probes:
+        parts["probe"] = [["lab.probe", cfg.pretrain_config, *flags(probing)]]
+    for shots in cfg.shots.get(row, ()):
         tuned = f"{name}-{shots}"
         keys = same | cfg.finetune_keys | dict(init=init, name=tuned, label_fraction=shots / cfg.labelled)
         resolved = [cfg.finetune_config, str(runs / tuned / "config.py")]   # of which it takes its own keys
         parts[str(shots)] = [["finetune", cfg.finetune_config, *flags(keys)],
-                             ["evaluate", *resolved, "--sheets=0", "--predictions=False", "--hd95=False"]]
+                             ["evaluate", *resolved, "--sheets=0", "--predictions=False",
+                              f"--hd95={cfg.hd95}"]]
     return parts
 
 
-def number(folder, part):
-    """What a part found: the probe's numbers, or mean Dice of the test scans, preprocessed grid."""
+def number(folder, part, cfg):
+    """What a part found: the probe's numbers, or {metric: {case: value}} of the test scans on cfg.grid."""
+    if part == "pretrain":
+        return None
     if part == "probe":
         return next(iter(json.loads((folder / "probe.json").read_text())["probe"].values()))
     results = json.loads(Path(f"{folder}-{part}", "results.json").read_text())["results"]
-    return next(iter(results.values()))["summary"]["preprocessed"]["dice"]["mean"]["mean"]
+    rows = next(iter(results.values()))["rows"]
+    return {metric: {row["id"]: row["scores"][cfg.grid][metric].get("mean", np.nan) for row in rows}
+            for metric in ("dice", "hd95")[:1 + cfg.hd95]}
 
 
 def run_row(n, row, seed, cfg):
@@ -117,30 +129,62 @@ def run_row(n, row, seed, cfg):
             if ended.returncode:
                 raise SystemExit(f"python -m {' '.join(command)}\nfailed, see {log}")
         minutes = (time.time() - began) / 60
-        outcome[part] = dict(value=number(folder, part), minutes=minutes, commands=commands)
+        outcome[part] = dict(value=number(folder, part, cfg), minutes=minutes, commands=commands)
         run.write_json(done, outcome)
         print(f"{folder.name}, {part}: {minutes:.1f} min", flush=True)
     return outcome
 
 
-def table(results, cfg):
+def cells(values, form="{:.3f}"):
+    """Mean over the seeds, and every seed."""
+    return f"{form.format(np.nanmean(values))} ({', '.join(map(form.format, values))})" if values else "-"
+
+
+def markdown(heads, lines):
+    return "\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines])
+
+
+def probe_table(results, cfg):
     """A row of markdown per row of the study: mean over the seeds, and every seed in their order."""
-    heads = ["row", "linear probe", "k-NN", "silhouette (cosine)", "effective rank", "found again"]
-    heads += [f"Dice, {n} labelled" for n in cfg.shots]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines = []
     for row in cfg.rows:
-        found = [results[f"{row}-{seed}"] for seed in cfg.seeds]
-        probes = [outcome["probe"]["value"] for outcome in found]
+        probes = [results[f"{row}-{seed}"]["probe"]["value"] for seed in cfg.seeds]
         columns = [[p[which]["balanced_accuracy"] for p in probes] for which in ("linear", "knn")]
         columns += [[p["silhouette_cosine"][0] for p in probes]]
         columns += [[p[which] for p in probes] for which in ("effective_rank", "correspondence")]
-        columns += [[outcome[str(n)]["value"] for outcome in found if str(n) in outcome] for n in cfg.shots]
-        cells = [f"{np.mean(c):.3f} ({', '.join(f'{v:.3f}' for v in c)})" if c else "-" for c in columns]
-        lines.append("| " + " | ".join([row, *cells]) + " |")
+        lines.append([row, *map(cells, columns)])
+    return markdown(["row", "linear probe", "k-NN", "silhouette (cosine)", "effective rank", "found again"],
+                    lines)
+
+
+def shots_table(results, cfg):
+    """A row per number of labels and row: means over test cases, the seeds in their order, and the paired
+    difference to the first row of that number, its interval over the cases, each the mean of its seeds."""
+    heads = ["labelled", "row", "Dice"] + ["HD95, mm"] * cfg.hd95 + ["Dice less the first row's"]
+    lines = []
+    for shots in sorted({n for numbers in cfg.shots.values() for n in numbers}):
+        first = None
+        for row in (row for row in cfg.rows if shots in cfg.shots.get(row, ())):
+            found = [results[f"{row}-{seed}"][str(shots)]["value"] for seed in cfg.seeds]
+            columns = [cells([np.nanmean(list(f["dice"].values())) for f in found])]
+            if cfg.hd95:
+                columns.append(cells([np.nanmean(list(f["hd95"].values())) for f in found], "{:.1f}"))
+            dice = np.mean([list(f["dice"].values()) for f in found], axis=0)
+            if first is None:
+                first, columns = dice, [*columns, ""]
+            else:
+                columns.append("{:+.3f} ({:+.3f} .. {:+.3f})".format(*metrics.paired_difference(dice, first)))
+            lines.append([str(shots), row, *columns])
+    return markdown(heads, lines)
+
+
+def table(results, cfg):
+    """The tables of what was asked for, and what they cost."""
+    texts = [probe_table(results, cfg)] * cfg.probes + [shots_table(results, cfg)] * bool(cfg.shots)
     minutes = sum(part["minutes"] for outcome in results.values() for part in outcome.values())
     seeds = ", ".join(map(str, cfg.seeds))
-    last = f"Mean (seeds {seeds}); {minutes:.0f} minutes of processes, {cfg.jobs} at a time."
-    return "\n".join([*lines, "", last])
+    texts.append(f"Mean (seeds {seeds}); {minutes:.0f} minutes of processes, {cfg.jobs} at a time.")
+    return "\n\n".join(texts)
 
 
 def conduct(cfg):

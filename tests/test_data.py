@@ -6,6 +6,7 @@ import json
 import locale
 import math
 import os
+import re
 import shutil
 import signal
 import struct
@@ -505,6 +506,24 @@ def test_a_robust_zscore_is_not_moved_by_one_voxel_and_the_summary_names_the_sca
     data.main([str(write_config(tmp_path, dict(data=str(tmp_path), cache=str(tmp_path / "cache"), scans="*.nii.gz")))])
     said = capsys.readouterr().out
     assert "ranges more than ten times wider or narrower than the others', 1 scans: 4; look at them" in said
+
+
+def test_each_modality_of_a_set_follows_its_own_rule(tmp_path):
+    """As each would be alone; an id without a rule, or a key that is none of intensity, is refused."""
+    for name in ("ct_1", "pet_1"):
+        nifti(tmp_path / f"{name}.nii.gz", noise(9, 8, 7, seed=len(name)))
+    rules = {"ct*": dict(window=(-175, 250)),
+             "pet*": dict(intensity="zscore", foreground=0.0, spacing=(2.0, 2.0, 2.0))}
+    both = open_scans(config(tmp_path, scans="*.nii.gz", rules=rules))
+    for scan, (pattern, own) in zip(both, rules.items(), strict=True):
+        alone, = open_scans(config(tmp_path, scans=f"{pattern}.nii.gz", **own))
+        np.testing.assert_array_equal(scan.open(), alone.open())
+        assert scan.record == alone.record
+    for wrong, text in (({"ct*": {}}, "0 patterns that fit the id 'pet_1'"),
+                        ({"*": {}, "ct*": {}}, "2 patterns that fit the id 'ct_1'"),
+                        ({"*": {"slab": 3}}, "the key 'slab'")):
+        with pytest.raises(SystemExit, match=f"rules: found {re.escape(text)}; expected one pattern"):
+            open_scans(config(tmp_path, scans="*.nii.gz", rules=wrong))
 
 
 def test_the_summary_says_what_of_a_slab_is_padding(tmp_path, capsys):

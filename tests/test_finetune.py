@@ -455,7 +455,7 @@ def test_files_that_do_not_fit(refused, small, keys, change, text):
      "classes: numbers must be 0, 1, .. without gaps, found [0, 2]"),
     (dict(task="classification", classes={"a": 0, "b": 1}),
      "classification sees whole scans: give `resize`, the voxels that "),
-    (dict(crop=(64, 64, 48)), "crop = (64, 64, 48), expected multiples of 32, at least 64"),
+    (dict(crop=(64, 64, 48)), "crop = (64, 64, 48), expected multiples of 32, one of them at least 64"),
     (dict(batch=3, crops_per_case=2), "batch = 3 is no multiple of crops_per_case = 2"),
     (dict(batch=3, accumulate=2), "batch = 3 does not divide into 1 processes x 2 accumulated passes"),
     (dict(accumulate=0), "batch = 1 does not divide into 1 processes x 0 accumulated passes"),

@@ -5,7 +5,9 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy
 import torch
 from conftest import HERE, NETWORK, flags, script
 
@@ -20,8 +22,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("argv, text", [
     (["--rows={'a': {}}"],
-     "the study needs `seeds`, `rows`, and shot_rows among them; found seeds (), rows a, shot_rows ()"),
-    (["--seeds=0,", "--rows={'a': {}}", "--shot_rows=('b',)"], "found seeds (0,), rows a, shot_rows ('b',)"),
+     "the study needs `seeds`, `rows`, and shots of some of them; found seeds (), rows a, shots {}"),
+    (["--seeds=0,", "--rows={'a': {}}", "--shots={'b': (1,)}"], "found seeds (0,), rows a, shots {'b': (1,)}"),
 ])
 def test_a_study_without_rows_or_seeds_is_refused(argv, text):
     with pytest.raises(SystemExit) as caught:
@@ -59,7 +61,6 @@ name, seeds, jobs, labelled = "study", (5,), 2, 2
 pretrain_config = {str(HERE / "configs/demo.py")!r}
 finetune_config = {str(HERE / "configs/demo_segmentation.py")!r}
 rows = {{"random": None, "in plane": {{"rotation": (0, 0, 20.0)}}}}
-shot_rows = "random", "in plane"
 pretrain_keys = {small | dict(slab=(64, 64, 64), steps=2, warmup=1, hidden=8, embedding=8, save_every=2)!r}
 probe_keys = {{"probe_train": 0.3, "probe_crop": (64, 64, 64)}}
 finetune_keys = {small | dict(steps=1, warmup=0, val="train_002", test="unseen_050", overlap=0.0,
@@ -68,20 +69,22 @@ workers = 0
 """)
     command = sys.executable, "-m", "lab.study", str(tmp_path / "study.py")
     run = lambda *more: script(tmp_path, tmp_path / "data", *command, *more)
+    shots = lambda *n: "--shots=" + repr({"random": n, "in plane": n})      # of every row
     few = "labelled = 3, but .* trains on 2 subjects .train_000, train_001, ...\\n"
     with pytest.raises(AssertionError, match=few):
-        run("--shots=1,", "--labelled=3")
-    first = run("--shots=1,")
+        run(shots(1), "--labelled=3")
+    first = run(shots(1))
     folder = tmp_path / "runs/study"
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.pt")}
-    again = run("--shots=1,2")
+    again = run(shots(1, 2))
     # the rest was there
     assert "probe" not in again.split("|")[0] and ", 2: " in again and ", 1: " not in again
     assert all(path.stat().st_mtime_ns == t for path, t in times.items()) and len(times) >= 6
     stored = json.loads((folder / "study.json").read_text())["results"]
     assert (folder / "study.md").read_text() == again[again.index("| row"):] and first.index("| row")
     lines = [[cell.strip() for cell in line.split("|")] for line in again.splitlines()]
-    table = {line[1]: line[2:-1] for line in lines if len(line) > 3}
+    table = {line[1]: line[2:-1] for line in lines if len(line) > 3 and not line[1].isdigit()}
+    tuned = {(line[2], int(line[1])): line[3:-1] for line in lines if len(line) > 3 and line[1].isdigit()}
     for row in ("random", "in plane"):
         probed = json.loads((folder / f"{row}-5/probe.json").read_text())
         # all rows are probed alike
@@ -92,11 +95,36 @@ workers = 0
         linear = numbers["linear"]["balanced_accuracy"]
         assert table[row][0] == f"{linear:.3f} ({linear:.3f})"
         assert stored[f"{row}-5"]["probe"]["value"] == numbers
-        for column, shots in ((5, 1), (6, 2)):
-            result, = json.loads((folder / f"{row}-5-{shots}/results.json").read_text())["results"].values()
+        for n in (1, 2):
+            result, = json.loads((folder / f"{row}-5-{n}/results.json").read_text())["results"].values()
             score = result["summary"]["preprocessed"]["dice"]["mean"]["mean"]
-            assert table[row][column] == f"{score:.3f} ({score:.3f})" and len(result["rows"]) == 1
-            trained = torch.load(folder / f"{row}-5-{shots}/best.pt", weights_only=True)
-            assert len(trained["subjects"]) == shots
+            assert tuned[row, n][0] == f"{score:.3f} ({score:.3f})" and len(result["rows"]) == 1
+            trained = torch.load(folder / f"{row}-5-{n}/best.pt", weights_only=True)
+            assert len(trained["subjects"]) == n
             assert trained["config"]["init"] == ("" if row == "random" else encoder)
-    assert table["row"][5:] == ["Dice, 1 labelled", "Dice, 2 labelled"]
+    assert list(tuned) == [("random", 1), ("in plane", 1), ("random", 2), ("in plane", 2)]
+
+
+def test_scores_of_few_labels_are_paired_case_by_case_and_seed_by_seed():
+    cases = [f"case_{k}" for k in range(30)]
+    rng, better = np.random.default_rng(0), np.linspace(0, 0.2, 30)
+    of = {seed: rng.uniform(0.3, 0.6, 30) for seed in (3, 4)}
+    value = lambda dice, mm: {"value": dict(dice=dict(zip(cases, dice)), hd95=dict.fromkeys(cases, mm))}
+    results = {f"{row}-{seed}": {"4": value(of[seed] + add, mm)} for seed in (3, 4)
+               for row, add, mm in (("scratch", 0, 20.0), ("all", better, 10.0))}
+    cfg = study.Config(rows={"scratch": None, "all": {}}, seeds=(3, 4), shots={"scratch": (4,), "all": (4,)},
+                       hd95=True, probes=False)
+    scratch, tuned = study.shots_table(results, cfg).splitlines()[2:]
+    means = [of[seed].mean() for seed in (3, 4)]
+    assert scratch == (f"| 4 | scratch | {np.mean(means):.3f} ({means[0]:.3f}, {means[1]:.3f}) "
+                       "| 20.0 (20.0, 20.0) |  |")
+    gain = re.fullmatch(r".*\| 10.0 \(10.0, 10.0\) \| (\S+) \((\S+) \.\. (\S+)\) \|", tuned).groups()
+    t = scipy.stats.sem(better) * 1.96                              # the bootstrap's interval, nearly
+    assert np.allclose(np.float64(gain), [0.1, 0.1 - t, 0.1 + t], atol=0.004)
+
+
+def test_a_row_may_start_from_an_encoder_that_is_there():
+    cfg = study.Config(rows={"other": {"init": "runs/x-{seed}/encoder.pt"}}, seeds=(2,), shots={"other": (5,)},
+                       pretrain_config="p.py", finetune_config="f.py", probes=False)
+    (tune, score), = study.plan("other", 2, cfg).values()
+    assert "--init=runs/x-2/encoder.pt" in tune and "--label_fraction=0.25" in tune and "--hd95=False" in score
