@@ -13,13 +13,13 @@ import contextlib
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import random
 import resource
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,13 +36,9 @@ import configs
 import data
 import finetune
 import pretrain
+import run
 import tasks
 from model import Swin3D, WeightsError, load_weights
-
-TINY = dict(slab=(64, 64, 64), crop=(64, 64, 64), feature_size=4, num_heads=(1, 1, 1, 1), depths=(1, 1, 1, 1),
-            window_size=4, hidden=16, embedding=8, queue=7, batch=2, warmup=1, workers=0, log_every=1,
-            save_every=2, steps=6)
-
 
 class Wrong(Exception):
     """What a trial showed that it must not."""
@@ -257,80 +253,115 @@ def checkpoint(folder, rng):
 
 # ------------------------------------------------------------------------------------- kills and full disks
 
+CONTEXT = multiprocessing.get_context("forkserver")     # of one process that has read torch: starts are short
+CONTEXT.set_forkserver_preload(["pretrain", "finetune"])
+STAGES = dict(pretrain=["configs/demo.py", "--slab=(64,32,32)", "--hidden=16", "--embedding=8", "--queue=7"],
+              finetune=["configs/demo_segmentation.py", "--image=demo_ct/train/imagesTr/phantom_{id}.nii.gz",
+                        "--label=demo_ct/train/labelsTr/phantom_{id}.nii.gz", "--val=002",
+                        "--test=003", "--label_fraction=1.0", "--eval_every=2"])
+SMALL = ["--crop=(64,32,32)", "--feature_size=4", "--num_heads=(1,1,1,1)", "--depths=(1,1,1,1)", "--batch=2",
+         "--window_size=4", "--warmup=1", "--workers=0", "--log_every=1", "--save_every=1", "--steps=4",
+         "--name=r"]
 _shared = {}
 
 
-def train(folder, place, **more):
-    keys = TINY | dict(runs=folder / "runs", cache=folder / "cache", name="r")
-    command = [sys.executable, str(ROOT / "pretrain.py"), str(ROOT / "configs/demo.py")]
-    env = os.environ | dict(S2DC_DATA=str(place / "data"), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
-                            PYTHONPATH=str(ROOT))
-    return subprocess.Popen([*command, *[f"--{k}={v}" for k, v in keys.items()]], env=env, text=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **more)
+def stage(name, folder, place, limit):
+    """The body of a process that trains; no file may grow beyond `limit` bytes, if there is one."""
+    torch.set_num_threads(1)
+    with open(folder / "said", "w") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+    os.environ["S2DC_DATA"] = str(place / "data")
+    config, *keys = STAGES[name]
+    sys.argv = [name, str(ROOT / config), *keys, *SMALL, f"--runs={folder}/runs", f"--cache={folder}/cache"]
+    if limit:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    run.program(dict(pretrain=pretrain, finetune=finetune)[name].main)
 
 
-def finish(folder, place, before=""):
+def train(name, folder, place, limit=0):
+    folder.mkdir(exist_ok=True)
+    process = CONTEXT.Process(target=stage, args=(name, folder, place, limit))
+    process.start()
+    return process
+
+
+def finish(name, folder, place, before=""):
     """Train to the end, undisturbed."""
-    process = train(folder, place)
-    said = process.communicate()[1]
-    if process.returncode:
-        raise Wrong(before + said[-1000:])
+    process = train(name, folder, place)
+    process.join()
+    if process.exitcode:
+        raise Wrong(before + (folder / "said").read_text()[-300:])
 
 
-def phantoms():
-    """A data folder with four phantoms and the weights of a run that nobody disturbed; made once."""
+def phantoms(name):
+    """A data folder with four phantoms, and of a run of a stage that nobody disturbed its folder and its
+    seconds; made once."""
     if "place" not in _shared:
         from lab import phantom
-        place = Path(tempfile.mkdtemp(prefix="campaign-"))
+        _shared["place"] = Path(tempfile.mkdtemp(prefix="campaign-"))
         with contextlib.redirect_stdout(io.StringIO()):
-            phantom.write(place / "data/demo_ct/train", range(4), size=64)
-        finish(place / "whole", place)
-        _shared["place"], _shared["weights"] = place, weights(place / "whole")
-    return _shared["place"], _shared["weights"]
+            phantom.write(_shared["place"] / "data/demo_ct/train", range(4), size=64)
+    place = _shared["place"]
+    if name not in _shared:
+        finish(name, place / f"warm-{name}", place)
+        began = time.time()
+        finish(name, place / name, place)
+        _shared[name] = time.time() - began
+    return place, place / name, _shared[name]
 
 
-def weights(folder):
-    content = torch.load(folder / "runs/r/last.pt", weights_only=True)
-    return {**content["student"], **{f"teacher.{k}": v for k, v in content["teacher"].items()}}
+def same(one, other):
+    """Whether two checkpoints are equal bit for bit, their configurations and times aside."""
+    if torch.is_tensor(one):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one if k != "config")
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
 
 
 def compare(folder, expected):
-    found = weights(folder)
-    if any(not torch.equal(found[name], value) for name, value in expected.items()):
-        raise Wrong("the weights are not those of a run that was left alone")
-    stray = [str(p) for p in folder.rglob("*") if p.name.endswith(".tmp")]
-    if stray:
-        raise Wrong(f"left behind: {stray[:3]}")
+    """The run's last checkpoint is that of a run left alone, and so are the names of all its files."""
+    files = [{str(p.relative_to(base)) for p in base.rglob("*") if p.is_file()} for base in (expected, folder)]
+    if files[0] != files[1]:
+        raise Wrong(f"files: too many {sorted(files[1] - files[0])[:3]}, missing {sorted(files[0] - files[1])[:3]}")
+    for name in sorted(name for name in files[0] if name.endswith(".pt")):
+        if not same(*(torch.load(base / name, weights_only=True) for base in (expected, folder))):
+            raise Wrong(f"{name} is not that of a run that was left alone")
 
 
 def kill(folder, rng):
-    """Pre-training that is killed at random moments, caching included, and started again until it is done."""
-    place, expected = phantoms()
+    """A stage that is killed at a random moment, caching included, and started again until it is done."""
+    name = rng.choice(sorted(STAGES))
+    place, expected, seconds = phantoms(name)
+    folder = folder / "run"
     for _ in range(rng.randrange(1, 4)):
-        process = train(folder, place)
-        time.sleep(rng.uniform(1.5, 9))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    finish(folder, place)
+        process = train(name, folder, place)
+        process.join(rng.uniform(0, 1.1) * seconds)
+        process.kill()
+        process.join()
+        _shared["kills"] = _shared.get("kills", 0) + (process.exitcode == -signal.SIGKILL)
+    finish(name, folder, place)
     compare(folder, expected)
 
 
 def disk(folder, rng):
     """The same on a disk where no file may grow beyond a limit: one line, and an equal run with room."""
-    place, expected = phantoms()
-    limit = int(10 ** rng.uniform(2, 6.3))
-
-    def narrow():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    full = train(folder, place, preexec_fn=narrow)
-    said = full.communicate()[1]
+    name = rng.choice(sorted(STAGES))
+    place, expected, _ = phantoms(name)
+    folder, limit = folder / "run", int(10 ** rng.uniform(2, 6.3))
+    full = train(name, folder, place, limit)
+    full.join()
+    said = (folder / "said").read_text()
     if "Traceback" in said:
         raise Wrong(f"limit {limit}: {said[-700:]}")
-    if full.returncode:
+    if full.exitcode:
         if not said.strip():
             raise Wrong(f"limit {limit}: ended without a word")
-        finish(folder, place, f"limit {limit}, then room: ")
+        finish(name, folder, place, f"limit {limit}, then room: ")
     compare(folder, expected)
 
 
@@ -369,8 +400,9 @@ def main():
         count = max(1, args.count // 10) if few else args.count
         start = time.time()
         wrong = trials(family, count, args.seed, args.first)
+        killed = f" ({_shared.get('kills', 0)} kills)" if family == "kills" else ""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-        print(f"{family:12s} {count:6d} trials, seed {args.seed}: {len(wrong)} wrong; "
+        print(f"{family:12s} {count:6d} trials{killed}, seed {args.seed}: {len(wrong)} wrong; "
               f"{(time.time() - start) / 60:.1f} min, {peak:.2f} GB at most", flush=True)
         for number, text in wrong[:20]:
             print(f"   {number}: {text[:300]}")
