@@ -219,13 +219,29 @@ def _sitk(path):
     return SimpleITK
 
 
+def _check_room(reader, files):
+    """RuntimeError where an image cannot lie in its files (.mhd: one beside it), before room is made for it."""
+    voxels, there = math.prod(reader.GetSize()), sum(Path(file).stat().st_size for file in files)
+    if voxels > 1032 * there:                                       # as of NIfTI above
+        raise RuntimeError(f"the header claims {voxels} voxels, the file holds {there} bytes")
+
+
+def _itk_reason(error):
+    """Its last words: before them stands where in its source it was."""
+    return _one_line(re.sub(r"(?s).*(ERROR: (\w+\(0x\w+\): )?|\.(cxx|h):\d+ \(\):)", "", str(error)))
+
+
 def _read_itk(path, files=None):
     sitk = _sitk(path)
     try:
+        if not files:
+            reader = sitk.ImageFileReader()
+            reader.SetFileName(str(path))
+            reader.ReadImageInformation()
+            _check_room(reader, [path, *(p for p in path.parent.glob(f"{path.stem}.*raw") if p != path)])
         image = sitk.ReadImage(files or str(path))
     except Exception as error:
-        reason = re.sub(r"(?s).*ERROR: (\w+\(0x\w+\): )?", "", str(error))    # before it: where in its source
-        raise VolumeError(f"{path}: not readable by SimpleITK ({_one_line(reason)})") from None
+        raise VolumeError(f"{path}: not readable by SimpleITK ({_itk_reason(error)})") from None
     if image.GetNumberOfComponentsPerPixel() != 1:
         raise VolumeError(f"{path}: {image.GetNumberOfComponentsPerPixel()} values per voxel, expected one")
     size = image.GetSize()
@@ -245,21 +261,26 @@ def _read_folder(path):
     slices = [p for p in names if p.suffix.lower() in (".png", ".jpg", ".jpeg")]
     if slices:
         return _read_slices(path, slices)
-    series = _sitk(path).ImageSeriesReader.GetGDCMSeriesIDs(str(path)) if names else ()
+    series, places, reader = (), [], _sitk(path).ImageFileReader()
+    try:
+        if names:
+            series = _sitk(path).ImageSeriesReader.GetGDCMSeriesIDs(str(path))
+        files = _sitk(path).ImageSeriesReader.GetGDCMSeriesFileNames(str(path), series[0]) if series else ()
+        for file in files:
+            reader.SetFileName(file)
+            reader.ReadImageInformation()
+            _check_room(reader, [file])
+            places.append(reader.GetOrigin())
+    except RuntimeError as error:
+        raise VolumeError(f"{path}: not readable by SimpleITK ({_itk_reason(error)})") from None
     if len(series) != 1:
         raise VolumeError(f"{path}: a folder with {len(names)} files and {len(series)} DICOM series, "
                           "expected one DICOM series or .png / .jpg slices")
-    files = list(_sitk(path).ImageSeriesReader.GetGDCMSeriesFileNames(str(path), series[0]))
-    reader, places = _sitk(path).ImageFileReader(), []
-    for file in files:
-        reader.SetFileName(file)
-        reader.ReadImageInformation()
-        places.append(reader.GetOrigin())
     gaps = np.linalg.norm(np.diff(places, axis=0), axis=1)          # SimpleITK would spread them over a gap
     if len(gaps) and (gaps.min() <= 0 or np.abs(gaps - np.median(gaps)).max() > 0.25 * np.median(gaps)):
         raise VolumeError(f"{path}: its {len(files)} slices lie {gaps.min():.4g} to {gaps.max():.4g} mm "
                           "apart, expected one distance (is a slice missing, or there twice?)")
-    return _read_itk(path, files)
+    return _read_itk(path, list(files))
 
 
 def _read_slices(path, files):

@@ -40,6 +40,7 @@ import run
 import tasks
 from model import Swin3D, WeightsError, load_weights
 
+
 class Wrong(Exception):
     """What a trial showed that it must not."""
 

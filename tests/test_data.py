@@ -490,6 +490,17 @@ def test_more_voxels_than_the_header_claims_are_refused(tmp_path, ending):
     assert f"the header claims {352 + 2 * 336} bytes of header and voxels, the file holds {354 + 2 * 336}" in refusal(path)
 
 
+@pytest.mark.parametrize("ending", ["mha", "nrrd", "mhd"])
+def test_a_picture_is_not_made_room_for_where_its_file_cannot_hold_it(tmp_path, ending):
+    sitk = pytest.importorskip("SimpleITK")
+    path = tmp_path / f"a.{ending}"
+    sitk.WriteImage(sitk.GetImageFromArray(noise(20, 20, 20)), str(path), useCompression=False)
+    data.read_volume(path)
+    one, other = (b"sizes: 20 20", b"sizes: 9999 9999") if ending == "nrrd" else (b"DimSize = 20 20", b"DimSize = 9999 9999")
+    path.write_bytes(path.read_bytes().replace(one, other))
+    assert f"the header claims {9999 * 9999 * 20} voxels, the file holds 16" in refusal(path)
+
+
 def test_a_robust_zscore_is_not_moved_by_one_voxel_and_the_summary_names_the_scan(tmp_path, capsys):
     voxels = ndimage.gaussian_filter(noise(20, 20, 20).astype(np.float32), 1) + 500
     for k in range(4):
