@@ -1,4 +1,4 @@
-"""From files on disk to tensors on the device: read, check, preprocess, cache, sample, move, match, jitter.
+"""From files on disk to tensors on the device: find, preprocess, cache, sample, move, match, jitter.
 
 Also a program: `python data.py configs/x.py` checks all files of a config, prints a summary, fills the cache;
 `python data.py --plan="folder/*.nii.gz"` writes such a config, see plan.py.
@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import fnmatch
 import functools
-import gzip
 import hashlib
 import json
 import math
@@ -24,7 +23,6 @@ import shutil
 import sys
 import threading
 import time
-import zlib
 from itertools import product
 from pathlib import Path
 
@@ -36,6 +34,8 @@ from einops import rearrange, reduce, repeat
 from scipy import ndimage
 
 import configs
+import volumes
+from volumes import VolumeError, read_stored, read_volume, spacing_of  # noqa: F401 (also data.read_volume)
 
 
 @dataclasses.dataclass
@@ -69,260 +69,16 @@ class Config:
     workers: int = 4                # processes that fill the cache, and that load batches for each rank
 
 
-class VolumeError(ValueError):
-    """A file that cannot be used; the text is one line that starts with the file's name."""
-
-
-# ------------------------------------------------------------------------------------------------------- read
-
-def read_volume(path, label=False):
-    """One scan as (voxels (x, y, z) float32, spacing (3,) mm, affine (4, 4) voxel -> mm), axes in RAS+ order.
-
-    NIfTI (.nii, .nii.gz) by nibabel; .mha .mhd .nrrd and a DICOM folder by SimpleITK; a folder of .png / .jpg
-    slices, sorted by the number in their names, by Pillow (no spacing known: 1 mm; rows run front to back,
-    columns right to left, slices towards the head). scl_slope is applied. label=True allows a volume of one
-    value (a scan without any object). Raises VolumeError, one line with the file's name, for anything that is
-    no finite single-channel 3D volume.
-    """
-    voxels, affine = to_ras(*read_stored(path, label))
-    return np.ascontiguousarray(voxels), spacing_of(affine), affine
-
-
-def read_header(path):
-    """(shape (3,), spacing (3,) mm) of a scan in RAS+ order: from the header alone where it is NIfTI."""
-    if str(path).endswith((".nii", ".nii.gz")):
-        _, affine, shape = _open_nifti(Path(path))
-        orientation = nib.io_orientation(affine)
-        shape = np.array(shape)[np.argsort(orientation[:, 0])]
-        return shape, spacing_of(affine @ nib.orientations.inv_ornt_aff(orientation, tuple(shape)))
-    voxels, spacing, _ = read_volume(path)
-    return np.array(voxels.shape), spacing
-
-
-def read_stored(path, label=False):
-    """As read_volume, but (voxels, affine) in the axis order of the file: for writing results beside it."""
-    path = Path(path)
-    if not path.exists():
-        raise VolumeError(f"{path}: no such file")
-    if path.is_dir():
-        voxels, affine = _read_folder(path)
-    elif path.stat().st_size == 0:
-        raise VolumeError(f"{path}: the file is empty (0 bytes)")
-    elif path.name.endswith((".nii", ".nii.gz")):
-        voxels, affine = _read_nifti(path)
-    elif path.suffix in (".mha", ".mhd", ".nrrd"):
-        voxels, affine = _read_itk(path)
-    else:
-        raise VolumeError(f"{path}: unknown format, "
-                          "expected .nii .nii.gz .mha .mhd .nrrd, a DICOM folder or a folder of slices")
-    bad, count = np.count_nonzero(~np.isfinite(voxels)), voxels.size
-    if bad:
-        raise VolumeError(f"{path}: {bad} of {count} voxels are not finite as float32 (NaN or infinite)")
-    if not label and (least := voxels.min()) == voxels.max():
-        raise VolumeError(f"{path}: every voxel is {least:g}, a constant volume holds nothing to learn")
-    return voxels, affine
-
-
-def to_ras(voxels, affine):
-    """(voxels, affine) with the axes flipped and ordered so that x y z run closest to right, front, head."""
-    orientation = nib.io_orientation(affine)
-    turned = nib.apply_orientation(voxels, orientation)
-    return turned, affine @ nib.orientations.inv_ornt_aff(orientation, voxels.shape)
-
-
-def spacing_of(affine):
-    """(3,) mm along the voxel axes of an affine (4, 4)."""
-    return np.sqrt((affine[:3, :3] ** 2).sum(0))
-
-
-def _check_header(path, shape, affine):
-    shape = list(shape)
-    while len(shape) > 3 and shape[-1] == 1:                        # a trailing singleton axis means nothing
-        shape.pop()
-    if len(shape) != 3 or min(shape) < 2:
-        kind = "one slice only" if len(shape) == 3 and min(shape) == 1 else f"{len(shape)}D"
-        raise VolumeError(f"{path}: shape {tuple(shape)} is {kind}, "
-                          "expected one 3D volume with at least 2 voxels per axis")
-    if not np.isfinite(affine).all():
-        raise VolumeError(f"{path}: the affine holds NaN or infinite values")
-    lengths = spacing_of(affine)
-    if min(lengths) <= 0 or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-3:
-        raise VolumeError(f"{path}: the affine is singular (axis lengths "
-                          f"{', '.join(f'{v:.3g}' for v in lengths)} mm), expected three independent axes")
-    if not plausible(lengths):
-        raise VolumeError(f"{path}: voxels of {' x '.join(f'{v:.3g}' for v in lengths)} mm, expected 0.01 to "
-                          "100 mm; is the affine in metres or microns?")
-    return shape
-
-
-def plausible(lengths):
-    """Whether voxels of these lengths (3,) in mm can be those of a scan: 0.01 to 100."""
-    return 0.01 <= min(lengths) and max(lengths) <= 100
-
-
-def _open_nifti(path):
-    """The image of nibabel, not yet read, its affine in mm, and its checked shape."""
-    try:
-        image = nib.load(path)
-    except Exception as error:
-        raise VolumeError(f"{path}: not a readable NIfTI file ({_one_line(error)})") from None
-    kind = image.get_data_dtype()
-    if kind.names or kind.kind == "c":
-        raise VolumeError(f"{path}: voxels are {'RGB' if kind.names else 'complex'} ({kind}), "
-                          "expected one real number per voxel")
-    affine = image.affine.copy()
-    affine[:3] *= {1: 1000.0, 3: 0.001}.get(int(image.header["xyzt_units"]) & 7, 1.0)    # m, microns to mm
-    return image, affine, _check_header(path, image.shape, affine)
-
-
-def _read_nifti(path):
-    image, affine, shape = _open_nifti(path)
-    kind, count = image.get_data_dtype(), math.prod(shape)
-    start = int(image.dataobj.offset)
-    if start < 0:
-        raise VolumeError(f"{path}: the voxels begin at byte {start} by the header, expected 0 or more")
-    claimed = start + count * kind.itemsize
-    packed, size = path.name.endswith(".gz"), path.stat().st_size
-    if claimed > size * (1032 if packed else 1):                    # deflate cannot pack more than 1032 to 1
-        raise VolumeError(f"{path}: the header claims {count} voxels ({claimed:.3g} bytes), "
-                          f"the file holds {size} bytes{' packed' if packed else ''}")
-    # nibabel stops at the last voxel, before the gzip checksum: read the stream to its end ourselves
-    try:
-        with (gzip.open if packed else open)(path, "rb") as stream:
-            content, there = bytearray(), 0                         # grows with what is there, not as claimed
-            while piece := stream.read(1 << 22):
-                content += piece[:claimed - len(content)]
-                there += len(piece)
-    except (EOFError, OSError, zlib.error) as error:
-        raise VolumeError(f"{path}: the file is damaged ({_one_line(error)})") from None
-    if not claimed <= there < claimed + kind.itemsize:
-        raise VolumeError(f"{path}: the header claims {claimed} bytes of header and voxels, "
-                          f"the file holds {there}")
-    voxels = np.frombuffer(content, kind, count, start).reshape(shape, order="F")
-    slope, inter = image.dataobj.slope, image.dataobj.inter
-    with np.errstate(over="ignore", invalid="ignore"):              # the caller refuses what overflows
-        if (slope, inter) != (1, 0):
-            voxels = voxels * float(slope) + float(inter)
-        return voxels.astype(np.float32), affine
-
-
-DICOM_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's world: left, back, head; NIfTI's: right, front, head
-
-
-def _sitk(path):
-    try:
-        import SimpleITK
-    except ImportError:
-        raise VolumeError(f"{path}: this format needs SimpleITK, "
-                          "install it with: pip install SimpleITK") from None
-    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-    return SimpleITK
-
-
-def _check_room(reader, files):
-    """RuntimeError where an image cannot lie in its files (.mhd: one beside it), before room is made for it."""
-    voxels, there = math.prod(reader.GetSize()), sum(Path(file).stat().st_size for file in files)
-    if voxels > 1032 * there:                                       # as of NIfTI above
-        raise RuntimeError(f"the header claims {voxels} voxels, the file holds {there} bytes")
-
-
-def _itk_reason(error):
-    """Its last words: before them stands where in its source it was."""
-    return _one_line(re.sub(r"(?s).*(ERROR: (\w+\(0x\w+\): )?|\.(cxx|h):\d+ \(\):)", "", str(error)))
-
-
-def _read_itk(path, files=None):
-    sitk = _sitk(path)
-    try:
-        if not files:
-            reader = sitk.ImageFileReader()
-            reader.SetFileName(str(path))
-            reader.ReadImageInformation()
-            _check_room(reader, [path, *(p for p in path.parent.glob(f"{path.stem}.*raw") if p != path)])
-        image = sitk.ReadImage(files or str(path))
-    except Exception as error:
-        raise VolumeError(f"{path}: not readable by SimpleITK ({_itk_reason(error)})") from None
-    if image.GetNumberOfComponentsPerPixel() != 1:
-        raise VolumeError(f"{path}: {image.GetNumberOfComponentsPerPixel()} values per voxel, expected one")
-    size = image.GetSize()
-    if len(size) != 3:
-        raise VolumeError(f"{path}: shape {size} is {len(size)}D, expected one 3D volume")
-    axes = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
-    affine = DICOM_TO_RAS @ nib.affines.from_matvec(axes, image.GetOrigin())
-    _check_header(path, size, affine)
-    voxels = sitk.GetArrayFromImage(image)
-    if voxels.dtype.kind == "c":
-        raise VolumeError(f"{path}: voxels are complex, expected one real number per voxel")
-    return rearrange(voxels, "z y x -> x y z").astype(np.float32), affine
-
-
-def _read_folder(path):
-    names = [p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")]
-    slices = [p for p in names if p.suffix.lower() in (".png", ".jpg", ".jpeg")]
-    if slices:
-        return _read_slices(path, slices)
-    series, places, reader = (), [], _sitk(path).ImageFileReader()
-    try:
-        if names:
-            series = _sitk(path).ImageSeriesReader.GetGDCMSeriesIDs(str(path))
-        files = _sitk(path).ImageSeriesReader.GetGDCMSeriesFileNames(str(path), series[0]) if series else ()
-        for file in files:
-            reader.SetFileName(file)
-            reader.ReadImageInformation()
-            _check_room(reader, [file])
-            places.append(reader.GetOrigin())
-    except RuntimeError as error:
-        raise VolumeError(f"{path}: not readable by SimpleITK ({_itk_reason(error)})") from None
-    if len(series) != 1:
-        raise VolumeError(f"{path}: a folder with {len(names)} files and {len(series)} DICOM series, "
-                          "expected one DICOM series or .png / .jpg slices")
-    gaps = np.linalg.norm(np.diff(places, axis=0), axis=1)          # SimpleITK would spread them over a gap
-    if len(gaps) and (gaps.min() <= 0 or np.abs(gaps - np.median(gaps)).max() > 0.25 * np.median(gaps)):
-        raise VolumeError(f"{path}: its {len(files)} slices lie {gaps.min():.4g} to {gaps.max():.4g} mm "
-                          "apart, expected one distance (is a slice missing, or there twice?)")
-    return _read_itk(path, list(files))
-
-
-def _read_slices(path, files):
-    try:
-        from PIL import Image
-    except ImportError:
-        raise VolumeError(f"{path}: a folder of slices needs Pillow, "
-                          "install it with: pip install pillow") from None
-    numbers = {}
-    for p in files:
-        digits = re.findall(r"\d+", p.stem)
-        if not digits or int(digits[-1]) in numbers:
-            has = f"the same as {numbers[int(digits[-1])].name}" if digits else "none"
-            raise VolumeError(f"{p}: slices are sorted by the last number in their names, this one has {has}")
-        numbers[int(digits[-1])] = p
-    rows = []
-    for _, file in sorted(numbers.items()):
-        try:
-            with Image.open(file) as picture:
-                row = np.asarray(picture.convert("RGB") if picture.mode in ("P", "RGBA") else picture)
-        except Exception as error:
-            raise VolumeError(f"{file}: not a readable picture ({_one_line(error)})") from None
-        if row.ndim == 3 and (row == row[..., :1]).all():           # grey stored as RGB
-            row = row[..., 0]
-        if row.ndim != 2 or (rows and row.shape != rows[0].shape):
-            like = f" of {rows[0].shape} like the first" if rows else ""
-            raise VolumeError(f"{file}: shape {row.shape}, expected a grey slice{like}")
-        rows.append(row)
-    voxels = rearrange(np.stack(rows), "z row column -> column row z").astype(np.float32)
-    _check_header(path, voxels.shape, DICOM_TO_RAS)
-    return voxels, DICOM_TO_RAS.copy()
-
-
-def _one_line(error):
-    return " ".join(str(error).split())[:160] or type(error).__name__
-
-
 # ------------------------------------------------------------------------------------------------- find cases
 
 def root(cfg):
     """Folder of the data."""
     return Path(cfg.data)
+
+
+def known_as(path, cfg):
+    """A file's place below the data root as 12 digits: enough to tell later whether it was seen."""
+    return hashlib.sha256(os.path.relpath(path, root(cfg)).encode()).hexdigest()[:12]
 
 
 def find_cases(cfg, section=None, base=None):
@@ -431,7 +187,7 @@ def _from_datalist(path, section, cfg):
     except FileNotFoundError:
         raise SystemExit(f"{path}: no such datalist") from None
     except ValueError as error:
-        raise SystemExit(f"{path}: not JSON ({_one_line(error)})") from None
+        raise SystemExit(f"{path}: not JSON ({volumes.one_line(error)})") from None
     if not isinstance(content, dict):
         raise SystemExit(f"{path}: holds a JSON {type(content).__name__}, "
                          f"expected an object with the list {section!r}")
@@ -508,36 +264,36 @@ def preprocess(case, cfg):
     summary shows. Raises VolumeError.
     """
     cfg, paths, channels = ruled(case, cfg), case["images"] + case["targets"], len(case["images"])
-    volumes, affine, record = _read_case(case, cfg)
+    parts, affine, record = _read_case(case, cfg)
     orders = [1] * len(paths) + [0]                                 # linear; nearest for the label at the end
     if cfg.spacing:
         if len(cfg.spacing) != 3 or not min(cfg.spacing) > 0:
             raise SystemExit(f"spacing = {cfg.spacing}, expected three lengths in mm, "
                              "or () to keep each scan's own")
-        volumes = [resample(v, affine, cfg.spacing, order) for v, order in zip(volumes, orders)]
+        parts = [volumes.resample(v, affine, cfg.spacing, order) for v, order in zip(parts, orders)]
         affine = affine @ np.diag([*(np.array(cfg.spacing) / spacing_of(affine)), 1.0])
-    inside = np.any([v > cfg.foreground for v in volumes[:channels]], axis=0)
+    inside = np.any([v > cfg.foreground for v in parts[:channels]], axis=0)
     if not inside.any():
         raise VolumeError(f"{paths[0]}: no voxel is above the foreground threshold {cfg.foreground:g}, "
-                          f"the largest is {max(v.max() for v in volumes[:len(paths)]):g}")
+                          f"the largest is {max(v.max() for v in parts[:len(paths)]):g}")
     box = ndimage.find_objects(inside.astype(np.uint8))[0] if cfg.crop_foreground else (slice(0, None),) * 3
-    volumes = [v[box] for v in volumes]
+    parts = [v[box] for v in parts]
     affine = affine.copy()
     affine[:3, 3] += affine[:3, :3] @ [s.start for s in box]
     if cfg.resize:
         if len(cfg.resize) != 3 or not min(cfg.resize) >= 1:
             raise SystemExit(f"resize = {cfg.resize}, expected three numbers of voxels, "
                              "or () to keep each scan's size")
-        step = np.array(volumes[0].shape) / cfg.resize              # old voxels per new, over the same space
+        step = np.array(parts[0].shape) / cfg.resize              # old voxels per new, over the same space
         affine = affine @ nib.affines.from_matvec(np.diag(step), (step - 1) / 2)
-        volumes = [stretch(v, cfg.resize, order) for v, order in zip(volumes, orders)]
-    scaled = [scale_intensity(v, v > cfg.foreground, cfg, path) for v, path in zip(volumes, paths)]
-    arrays = {"image": np.stack(scaled[:channels]), "body": body_map(volumes[:channels], cfg.foreground)}
+        parts = [volumes.stretch(v, cfg.resize, order) for v, order in zip(parts, orders)]
+    scaled = [scale_intensity(v, v > cfg.foreground, cfg, path) for v, path in zip(parts, paths)]
+    arrays = {"image": np.stack(scaled[:channels]), "body": body_map(parts[:channels], cfg.foreground)}
     if case["targets"]:
         arrays["target"] = np.stack(scaled[channels:])
         record["target_fill"] = arrays["target"].min((1, 2, 3)).tolist()
     if case["label"]:
-        arrays["label"] = volumes[-1]
+        arrays["label"] = parts[-1]
     record |= dict(shape=list(arrays["image"].shape[1:]), channels=channels, affine=affine.tolist(),
                    spacing=spacing_of(affine).tolist(), fill=arrays["image"].min((1, 2, 3)).tolist())
     return arrays, record
@@ -548,21 +304,21 @@ def _read_case(case, cfg):
     first, *others = case["images"] + case["targets"]
     stored, affine = read_stored(first)
     axes, low, high = "".join(nib.aff2axcodes(affine)), float(stored.min()), float(stored.max())
-    volume, affine = to_ras(stored, affine)
+    volume, affine = volumes.to_ras(stored, affine)
     record = dict(files=case["images"], stored=axes, stored_shape=list(stored.shape),
                   stored_spacing=spacing_of(affine).tolist(), range=[low, high])
     grid = first, volume.shape, affine
-    volumes = [volume] + [_on_grid_of(*grid, path, *read_stored(path)) for path in others]
+    parts = [volume] + [_on_grid_of(*grid, path, *read_stored(path)) for path in others]
     if case["label"]:
         label = _on_grid_of(*grid, case["label"], *read_stored(case["label"], label=True))
-        volumes.append(label_ids(case["label"], label, cfg))
-        record["ids"] = np.unique(volumes[-1]).tolist()
-    return volumes, affine, record
+        parts.append(volumes.label_ids(case["label"], label, cfg))
+        record["ids"] = np.unique(parts[-1]).tolist()
+    return parts, affine, record
 
 
 def _on_grid_of(first, shape, first_affine, path, voxels, affine):
     """The voxels as RAS+; VolumeError where they do not lie on the grid of the case's first file."""
-    voxels, affine = to_ras(voxels, affine)
+    voxels, affine = volumes.to_ras(voxels, affine)
     if voxels.shape != shape:
         raise VolumeError(f"{path}: shape {voxels.shape} (RAS), but {Path(first).name} has {shape}")
     corners = np.array([[*corner, 1] for corner in product(*[(0, n - 1) for n in shape])])
@@ -572,47 +328,19 @@ def _on_grid_of(first, shape, first_affine, path, voxels, affine):
     return voxels
 
 
-def label_ids(path, label, cfg):
-    """A class map as uint8 or int16 with the ids of cfg.labels; VolumeError where it holds others."""
-    ids = np.unique(label)
-    broken = [f"{v:g}" for v in ids if v != np.round(v)]
-    if broken:
-        raise VolumeError(f"{path}: label ids must be whole numbers, found {', '.join(broken[:4])}")
-    ids, known, said = ids.astype(np.int64).tolist(), range(32768), "expected 0 to 32767"
-    if cfg.labels:
-        known = sorted({0, *cfg.labels, *cfg.remap})
-        said = f"declared are 0 and {', '.join(str(v) for v in known if v)}"
-    unknown = [str(v) for v in ids if v not in known]
-    if unknown:
-        hint = f" (or remap = {{{unknown[0]}: {known[1]}}})" if len(unknown) == 1 and len(known) == 2 else ""
-        raise VolumeError(f"{path}: holds label ids {', '.join(unknown[:8])}; {said}{hint}")
-    for old, new in cfg.remap.items():
-        if old in ids and new in ids and new not in cfg.remap:
-            raise VolumeError(f"{path}: holds both id {old} and the id {new} that it would be renamed to; "
-                              f"if they are to be one, remap needs {new}: {new} too")
-    strange = sorted(set(cfg.remap.values()) - {*cfg.labels, 0})
-    if cfg.labels and strange:
-        raise SystemExit(f"remap = {cfg.remap}: {strange[0]} is no id of labels = {cfg.labels}")
-    label = label.astype(np.uint8 if max([*ids, *cfg.remap.values()]) < 256 else np.int16)
-    renamed = label.copy()
-    for old, new in cfg.remap.items():
-        renamed[label == old] = new
-    return renamed
-
-
 BODY_CELL = 8                       # voxels along each axis of a cell of the body map
 BODY_SHARE = 0.25                   # of a cell's voxels that must be tissue
 
 
-def body_map(volumes, foreground):
+def body_map(parts, foreground):
     """(i, j, k) bool: the cells of BODY_CELL voxels of one scan's channels (x, y, z) that show the body.
 
     Tissue lies above `foreground`, and a tenth of the way from a channel's 2nd to its 98th percentile (as FSL
     BET begins): noise in the air of MRI and PET lies above 0. Axial holes are filled: lungs and ventricles
     are body. Where no cell holds BODY_SHARE of it, the fullest ones count.
     """
-    tissue = np.zeros(volumes[0].shape, bool)
-    for volume in volumes:
+    tissue = np.zeros(parts[0].shape, bool)
+    for volume in parts:
         low, high = np.percentile(volume[::2, ::2, ::2], [2, 98])
         tissue |= volume > max(foreground, low + 0.1 * (high - low))
     size, edge = tissue.shape, BODY_CELL
@@ -624,21 +352,6 @@ def body_map(volumes, foreground):
         body = count == count.max()
     filled = [ndimage.binary_fill_holes(axial) for axial in rearrange(body, "i j k -> k i j")]
     return rearrange(np.stack(filled), "k i j -> i j k")
-
-
-def resample(volume, affine, spacing, order):
-    """`volume` (x, y, z) on a grid of `spacing` mm that keeps voxel 0 in place; order 1 linear, 0 nearest."""
-    step = np.array(spacing, float) / spacing_of(affine)            # old voxels per new voxel
-    if np.allclose(step, 1, atol=1e-4):
-        return volume
-    # the outermost centres stay where they were, to half a voxel
-    shape = tuple(np.round((np.array(volume.shape) - 1) / step).astype(int) + 1)
-    return ndimage.affine_transform(volume, step, output_shape=shape, order=order, mode="nearest")
-
-
-def stretch(volume, shape, order):
-    """`volume` (x, y, z) on `shape` voxels that together cover the same space; order 1 linear, 0 nearest."""
-    return ndimage.zoom(volume, np.array(shape) / volume.shape, order=order, mode="nearest", grid_mode=True)
 
 
 def scale_intensity(volume, inside, cfg, path):
@@ -748,7 +461,7 @@ def _fill_one(case, cfg, folder, name):
     except VolumeError as error:
         return name, str(error)
     except OSError as error:
-        return name, f"{folder / name}: cannot be written ({_one_line(error)})"
+        return name, f"{folder / name}: cannot be written ({volumes.one_line(error)})"
 
 
 def labelled_positions(label):
@@ -785,7 +498,7 @@ def fill_cache(cases, cfg, say=print):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SystemExit(f"{folder}: cannot be made ({_one_line(error)}); give another --cache") from None
+            raise SystemExit(f"{folder}: cannot be made ({volumes.one_line(error)}); give another --cache") from None
         for left in folder.glob("*.tmp"):                           # of a killed run; a live one is younger
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - left.stat().st_mtime > 3600:
@@ -850,7 +563,7 @@ def expected_bytes(case, cfg):
                 image = nib.load(path)
                 voxels, lengths = math.prod(image.shape), spacing_of(image.affine)
                 packed = voxels * image.get_data_dtype().itemsize <= path.stat().st_size * 1032
-                if packed and plausible(lengths):
+                if packed and volumes.plausible(lengths):
                     if cfg.spacing:
                         voxels *= math.prod(lengths) / math.prod(cfg.spacing)
                     total += int(2.02 * voxels)
@@ -879,7 +592,7 @@ class Scan:
             return np.load(f"{self.stem}.{key}.npy", **how)
         except (OSError, ValueError) as error:
             raise VolumeError(f"{self.stem}.{key}.npy: the cache was deleted or damaged; start again and it "
-                              f"is made anew (remove what is left of the file; {_one_line(error)})") from None
+                              f"is made anew (remove what is left of the file; {volumes.one_line(error)})") from None
 
     def positions(self):
         """(m, 4) int32 rows (class, x, y, z) of `labelled_positions`."""
@@ -1320,11 +1033,9 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        if any(arg.startswith("--plan") for arg in sys.argv[1:]):
-            runpy.run_path(str(Path(__file__).with_name("plan.py")), run_name="__main__")
-        else:
-            main(sys.argv[1:])
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from there")
-        sys.exit(130)
+    from run import program  # as a program alone: what a person meets is one line here, too
+
+    if any(arg.startswith("--plan") for arg in sys.argv[1:]):
+        runpy.run_path(str(Path(__file__).with_name("plan.py")), run_name="__main__")
+    else:
+        program(main)

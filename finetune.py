@@ -70,7 +70,8 @@ def check(cfg, ranks):
     run.check_training(cfg, ranks)
     run.refuse([
         (cfg.crops_per_case > 0 and cfg.batch % cfg.crops_per_case == 0,
-         f"batch = {cfg.batch} is no multiple of crops_per_case = {cfg.crops_per_case}"),
+         f"batch = {cfg.batch} is no multiple of crops_per_case = {cfg.crops_per_case}; crops_per_case = 1 "
+         "takes each crop from another case"),
         (cfg.init or not cfg.freeze_encoder, "freeze_encoder without init would keep random weights"),
         (0 <= cfg.positive <= 1, f"positive = {cfg.positive}, expected 0 to 1"),
         (0 <= cfg.balance <= 1, f"balance = {cfg.balance}, expected 0 to 1"),
@@ -84,13 +85,19 @@ def check(cfg, ranks):
     ])
 
 
-def start_from(network, cfg, say):
-    """Load cfg.init and say how the preprocessing it was trained under differs from the config's."""
+def start_from(network, cfg, parts, say):
+    """Load cfg.init; say which of the cases that are scored it has seen, and how its preprocessing differs."""
     try:
         load_weights(network, cfg.init, cfg.downsample)
-        then = read_file(cfg.init).get("preprocessing")
+        stored = read_file(cfg.init)
+        then, seen = stored.get("preprocessing"), set(stored.get("seen", ()))
     except WeightsError as error:
         raise SystemExit(str(error)) from None
+    for part in ("val", "test"):
+        files = [case["images"] + case["targets"] for case in parts[part]]
+        known = sum(any(data.known_as(file, cfg) in seen for file in each) for each in files)
+        if known:
+            say(f"{cfg.init} was pre-trained on {known} of the {len(files)} {part} cases, without their labels")
     if not isinstance(then, dict):
         say(f"{cfg.init} does not say under which preprocessing it was trained")
         return
@@ -146,12 +153,12 @@ def crops_of(scans, cases, cfg):
     return data.Crops(scans, cfg, cfg.batch, cfg.seed, classes)
 
 
-def build(cfg, device, new, say):
+def build(cfg, device, new, parts, say):
     """Network and optimizer before the first step; a new run may start from cfg.init."""
     torch.manual_seed(cfg.seed)
     network = tasks.TASKS[cfg.task].network(cfg).to(device)
     if new and cfg.init:
-        start_from(network, cfg, say)
+        start_from(network, cfg, parts, say)
     if cfg.freeze_encoder:
         network.encoder.requires_grad_(False)
     if cfg.compile:
@@ -191,7 +198,7 @@ def main(argv):
         return
     say(configs.differing(cfg))
     parts, train, val, device = open_scans(cfg, ranks, local, folder, first, say)
-    network, optimizer = build(cfg, device, state is None, say)
+    network, optimizer = build(cfg, device, state is None, parts, say)
     if state is not None:
         restore(state, network, optimizer)
         say(f"resumed from {folder}/last.pt at step {first}")

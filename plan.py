@@ -17,6 +17,8 @@ import torch
 
 import configs
 import data
+import volumes
+from run import program
 
 
 @dataclasses.dataclass
@@ -80,7 +82,7 @@ def looked_at(cases):
     headers, reasons = [], []
     for case in cases:
         try:
-            headers.append((case["images"][0], *data.read_header(case["images"][0])))
+            headers.append((case["images"][0], *volumes.read_header(case["images"][0])))
         except data.VolumeError as error:
             print(f"unusable  {error}")
             reasons.append((case["id"], str(error)))
@@ -215,4 +217,4 @@ def timed(config, root, files):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    program(main)

@@ -54,10 +54,10 @@ class Config(data.Config):
     shift: tuple = (24.0, 24.0, 8.0)    # +- voxels along x y z; x and y: released code, z: ours
     flip: tuple = (0.0, 0.0, 0.0)   # probability per axis; ours: off, a mirrored liver is on the wrong side
     # the same for the twin of the one crop that L_g compares
-    twin_rotation: tuple = (20.0, 20.0, 20.0)   # released code
+    twin_rotation: tuple = (20.0, 20.0, 20.0)   # ours (released code: in plane)
     twin_scale: tuple = (0.95, 1.05)            # released code
     twin_shear: float = 0.0                     # released code
-    twin_shift: tuple = (24.0, 24.0, 24.0)      # released code
+    twin_shift: tuple = (24.0, 24.0, 24.0)      # ours (released code: in plane)
     # intensity changes of V' and of the twin: probability, then the range
     jitter_shift: tuple = (0.1, 0.1)    # +- in units of the preprocessed volume; released code
     jitter_scale: tuple = (0.3, 0.1)    # +- ratio; ours
@@ -352,11 +352,11 @@ def save_state(path, student, teacher, optimizer, queue, cfg, step):
                                 preprocessing=data.preprocessing(cfg)), keep=True)
 
 
-def save_encoder(path, student, cfg, step, origin):
-    """encoder.pt: what stage 2 reads."""
+def save_encoder(path, student, cfg, step, origin, seen):
+    """encoder.pt: what stage 2 reads. seen: data.known_as of the scans, so that it can tell what it scores."""
     run.save(path, dict(format="s2dc/encoder", encoder=student.encoder.state_dict(),
                         arguments=student.encoder.arguments, preprocessing=data.preprocessing(cfg), step=step,
-                        name=cfg.name, commit=origin["commit"], torch=origin["torch"]), keep=True)
+                        name=cfg.name, commit=origin["commit"], torch=origin["torch"], seen=seen), keep=True)
 
 
 def heading(cfg, scans, student, crop_grid, token_grid, ranks, first):
@@ -422,7 +422,7 @@ def main(argv):
     slabs = data.Slabs(scans, cfg, cfg.batch, cfg.seed)
     batches = run.batches(slabs, cfg, rank, ranks, first,
                           functools.partial(assemble, token_grid=token_grid, patch=cfg.token_patch))
-    origin = run.versions()
+    origin, seen = run.versions(), sorted({data.known_as(f, cfg) for s in scans for f in s.case["images"]})
     say(f"{ranks} x {origin['device']}, {'bfloat16' if bf16 else 'float32'}, "
         + heading(cfg, scans, student, crop_grid, token_grid, ranks, first))
     lock = run.start_log(folder, cfg, first, origin) if rank == 0 else None
@@ -487,9 +487,9 @@ def main(argv):
                 run.write_log(folder, line)
             sums, waited, counted, tick = {}, 0.0, 0, now
         if rank == 0 and done in cfg.keep:
-            save_encoder(folder / f"encoder-{done}.pt", student, cfg, done, origin)
+            save_encoder(folder / f"encoder-{done}.pt", student, cfg, done, origin, seen)
         if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
-            save_encoder(folder / "encoder.pt", student, cfg, done, origin)
+            save_encoder(folder / "encoder.pt", student, cfg, done, origin, seen)
             save_state(folder / "last.pt", student, teacher, optimizer, queue, cfg, done)
     say(f"{cfg.steps} steps in {run.clock(time.time() - began)}; encoder: {folder}/encoder.pt")
     del lock            # another process may train under this name now

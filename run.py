@@ -71,7 +71,7 @@ def foreseen(error):
     if "DataLoader worker" in text and "killed by signal" in text:
         return "a process that loads batches was killed (out of memory?); try fewer --workers"
     if type(error).__name__ == "VolumeError":                       # of a worker: behind its traceback
-        return str(error).strip().splitlines()[-1].removeprefix("data.VolumeError: ")
+        return str(error).strip().splitlines()[-1].removeprefix("volumes.VolumeError: ")
     if isinstance(error, ImportError) and "pip install" in text:
         return text
     return None

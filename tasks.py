@@ -20,6 +20,7 @@ from einops import rearrange
 import data
 import losses
 import metrics
+import volumes
 from model import Classifier, SwinUNETR
 
 # -------------------------------------------------------------------------------------------------- 1. keys
@@ -378,9 +379,9 @@ def to_original(array, affine_pre, affine_orig, shape_orig, order, fill=0):
                          f"{affine_pre.tolist()}, {affine_orig.tolist()}")
     if order == 1:
         array = array.to(torch.promote_types(array.dtype, torch.float32))
-    volumes = array if array.ndim == 4 else array[None]
-    out = torch.empty(len(volumes), *shape_orig, dtype=array.dtype, device=array.device)
-    for place, one in zip(out, volumes):
+    each = array if array.ndim == 4 else array[None]
+    out = torch.empty(len(each), *shape_orig, dtype=array.dtype, device=array.device)
+    for place, one in zip(out, each):
         place.copy_(_resample(one, matrix, owner, shape_orig, order, fill))
     return out if array.ndim == 4 else out[0]
 
@@ -524,7 +525,7 @@ def score_segmentation(ready, scan, cfg, extra=()):
     grids = {"preprocessed": (masks_of(ready, cfg), masks_of(truth, cfg), scan.spacing)}
     if "original" in extra:
         stored, affine = data.read_stored(scan.case["label"], label=True)
-        own = torch.from_numpy(data.label_ids(scan.case["label"], stored, cfg).astype(np.int64))
+        own = torch.from_numpy(volumes.label_ids(scan.case["label"], stored, cfg).astype(np.int64))
         predicted = on_scan(ready, scan, affine, stored.shape, cfg)
         grids["original"] = (predicted, masks_of(own, cfg), data.spacing_of(affine))
     return {grid: _score_masks(p.numpy(), t.numpy(), spacing, names_of(cfg), extra)
@@ -540,9 +541,9 @@ def _score_masks(predicted, true, spacing, names, extra):
         finite = [v for v in far.values() if np.isfinite(v)]
         scores["hd95"] = far | {"mean": metrics.mean(finite)}
     if "lesion_volumes" in extra:
-        volumes = [metrics.false_volumes(p, t, spacing) for p, t in zip(predicted, true)]
+        found = [metrics.false_volumes(p, t, spacing) for p, t in zip(predicted, true)]
         for k, metric in enumerate(("false_positive_ml", "false_negative_ml")):
-            scores[metric] = {name: pair[k] for name, pair in zip(names, volumes)}
+            scores[metric] = {name: pair[k] for name, pair in zip(names, found)}
         scores["dice_of_positive"] = {name: dice[name] for name, t in zip(names, true) if t.any()}
     return scores
 

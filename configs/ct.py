@@ -37,5 +37,6 @@ foreground = -500.0             # HU, body against air; ours (released code: abo
 slab = (384, 384, 96)           # voxels, 4 x 4 x 1 crops of 96; released code
 token_patch = 32                # voxels a token, 12 x 12 x 3 tokens a slab; released code
 steps = 100_000                 # paper
+keep = (1000, 10_000)           # for the picture of how features evolve (the paper's Fig. 7); ours
 warmup = 500                    # released code
 lr = 3e-4                       # released code

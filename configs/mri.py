@@ -22,5 +22,6 @@ slab = (192, 192, 96)
 token_patch = 32                # released code
 rotation = (20.0, 20.0, 30.0)   # degrees about x y z; z: released code, x y: ours, a head turns freely
 steps = 100_000                 # paper
+keep = (1000, 10_000)           # for the picture of how features evolve (the paper's Fig. 7); ours
 warmup = 500                    # released code
 lr = 3e-4                       # released code

@@ -8,7 +8,8 @@ Download, each under its own agreement:
             dose folder: Full_dose, or one that ends in normal / NORMAL
     ADNI    adni.loni.usc.edu           data/ADNI/<subject 002_S_0295>/<description>/<date>/<I123456>/*.nii
 How many scans of each, which tracers and which doses make 3519 is not published; the full dose alone is taken
-here (ours). DICOM needs SimpleITK. A pattern of a set you do not have is an error: give
+here (ours). Patients whom udpet.py and adni.py test are among them, as presumably in the paper; finetune.py
+counts them, and --exclude=.. leaves them out. DICOM needs SimpleITK. A pattern of a set you do not have is an error: give
 --scans="('ADNI/*/*/*/I*/*.nii',)".
 """
 name = "pet"
@@ -25,5 +26,6 @@ crop_foreground = True          # ours: air around the patient is most of a PET 
 slab = (384, 384, 96)           # padded with the least value where a scan is smaller; released code: with 0
 token_patch = 32                # released code
 steps = 100_000                 # paper
+keep = (1000, 10_000)           # for the picture of how features evolve (the paper's Fig. 7); ours
 warmup = 500                    # released code
 lr = 3e-4                       # released code

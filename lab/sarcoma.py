@@ -32,9 +32,9 @@ import numpy as np
 from scipy import ndimage
 
 from configs import replacing
-from data import VolumeError, read_stored, spacing_of, stretch
 from metrics import dice_regions
 from run import write_json
+from volumes import VolumeError, read_stored, spacing_of, stretch
 
 FILES = {"ct": "CT", "t1": "MR_T1", "pet": "PET"}       # modality: how the source names its files
 PARTS = {"test": "001 004 008 012 018 024 026 031 034 036 042 044 048 050".split(),

@@ -1,6 +1,7 @@
 """finetune.py: the real script on folders laid out as downloaded."""
 import csv
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -456,7 +457,7 @@ def test_files_that_do_not_fit(refused, small, keys, change, text):
     (dict(task="classification", classes={"a": 0, "b": 1}),
      "classification sees whole scans: give `resize`, the voxels that "),
     (dict(crop=(64, 64, 48)), "crop = (64, 64, 48), expected multiples of 32, one of them at least 64"),
-    (dict(batch=3, crops_per_case=2), "batch = 3 is no multiple of crops_per_case = 2"),
+    (dict(batch=3, crops_per_case=2), "batch = 3 is no multiple of crops_per_case = 2; crops_per_case = 1 takes each crop from another case"),
     (dict(batch=3, accumulate=2), "batch = 3 does not divide into 1 processes x 2 accumulated passes"),
     (dict(accumulate=0), "batch = 1 does not divide into 1 processes x 0 accumulated passes"),
     (dict(freeze_encoder=True), "freeze_encoder without init would keep random weights"),
@@ -502,13 +503,17 @@ def test_encoder_is_loaded_whole_and_its_preprocessing_compared(tmp_path, capsys
     cfg = settings("demo_segmentation", finetune.Config, init=str(path), window=(-160.0, 240.0),
                    spacing=(1.5, 1.5, 2.0), **NETWORK)
     network, lines = tasks.TASKS["segmentation"].network(cfg), []
-    finetune.start_from(network, cfg, lines.append)
+    scored = [dict(images=[os.path.join(cfg.data, name)], targets=[]) for name in ("a.nii.gz", "b/c.nii.gz")]
+    parts = dict(train=scored, val=scored[:1], test=scored)
+    finetune.start_from(network, cfg, parts, lines.append)
     assert same(network.encoder.state_dict(), encoder.state_dict())
     assert "loaded 126 of 126" in capsys.readouterr().out
-    save(path, opened(path) | {"preprocessing": data.preprocessing(settings("demo", data.Config))})
-    finetune.start_from(network, cfg, lines.append)
+    save(path, opened(path) | {"preprocessing": data.preprocessing(settings("demo", data.Config)),
+                               "seen": [hashlib.sha256(b"b/c.nii.gz").hexdigest()[:12]]})
+    finetune.start_from(network, cfg, parts, lines.append)
     assert [line.strip() for line in lines] == [
         f"{path} does not say under which preprocessing it was trained",
+        f"{path} was pre-trained on 1 of the 2 test cases, without their labels",
         "preprocessing differs: window was (-175.0, 250.0) in training, is (-160.0, 240.0) here",
         "preprocessing differs: spacing was () in training, is (1.5, 1.5, 2.0) here"]
 

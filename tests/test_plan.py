@@ -13,6 +13,7 @@ import configs
 import data
 import plan
 import pretrain
+import volumes
 from lab import phantom
 
 ROOT = Path(plan.__file__).parent
@@ -78,7 +79,7 @@ def test_headers_alone_give_shape_and_spacing(tmp_path):
     voxels = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(10, 12, 14)), 1)
     nib.save(nib.Nifti1Image(voxels, affine), tmp_path / "a.nii.gz")
     read, spacing, _ = data.read_volume(tmp_path / "a.nii.gz")
-    shape, found = data.read_header(tmp_path / "a.nii.gz")
+    shape, found = volumes.read_header(tmp_path / "a.nii.gz")
     assert tuple(shape) == read.shape == (14, 10, 12)
     np.testing.assert_allclose(found, spacing)
 

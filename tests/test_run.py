@@ -87,7 +87,7 @@ FORESEEN = [
     (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"), "out of memory (Default"),
     (MemoryError(), "out of memory"), (torch.OutOfMemoryError("CUDA out of memory"), "out of memory (CUDA"),
     (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), "a process that loads batches was killed"),
-    (data.VolumeError("Caught VolumeError in DataLoader worker process 0.\nOriginal Traceback\ndata.VolumeError: a.npy: gone"),
+    (data.VolumeError("Caught VolumeError in DataLoader worker process 0.\nOriginal Traceback\nvolumes.VolumeError: a.npy: gone"),
      "a.npy: gone"),
     (ImportError("matplotlib is not installed: pip install matplotlib"), "matplotlib is not installed"),
     (ValueError("a defect"), None), (OSError(errno.EIO, "Input/output error", "x"), None), (RuntimeError("shapes"), None),
