@@ -278,22 +278,27 @@ def plain_terms(q, k, M_gt, valid, valid_, temperature, bin_score, iterations, f
 def blocked_terms(q, k, M_gt, valid, valid_, temperature, bin_score, iterations, form, detach, block):
     """`plain_terms` for many tokens. log M_hat(i, j) of a match needs s_ij and the logsumexp of row i and of
     column j: a list of matches (m,) and a few numbers per token are all that has to be kept."""
-    q, k, size = unit(q), unit(k), max(1, block ** 2 // q.shape[1])
+    few = min(block ** 2, 2 ** 22) if q.device.type == "cpu" else block ** 2    # 16 MB: what a cache holds
+    q, k, size = unit(q), unit(k), max(1, few // q.shape[1])
     b, i, j = (M_gt.nonzero() if M_gt.dtype == torch.bool else M_gt).unbind(dim=1)
     live = valid[b, i] & valid_[b, j]
     mine = live & (b == rearrange(torch.arange(len(q), device=b.device), "b -> b 1"))      # (b, m), by sample
     s = einsum(q[b, i], k[b, j], "m c, m c -> m")
+    nearest = most_ = None
     rows = functools.partial(row_logsumexp, q, k, temperature, size)
     columns = functools.partial(row_logsumexp, k, q, temperature, size)
-    if bin_score is None:
-        row, column = rows(LOW * (~valid_).to(q)), columns(LOW * (~valid).to(q))
-        log_M_hat = (s / temperature - row[b, i]) + (s / temperature - column[b, j])
-    else:
+    if bin_score is not None:
         u, v = potentials(rows, columns, bin_score / temperature, iterations, valid, valid_)
         log_M_hat = s / temperature + u[b, i] + v[b, j]
+    else:
+        if temperature > 0.025:
+            row, column, nearest, most_ = Logsumexps.apply(q, k, temperature, valid, valid_, size)
+        else:
+            row, column = rows(LOW * (~valid_).to(q)), columns(LOW * (~valid).to(q))
+        log_M_hat = (s / temperature - row[b, i]) + (s / temperature - column[b, j])
     source, source_ = (q.detach(), k.detach()) if detach else (q, k)
-    sr, nearest = row_sharpe_ratio(source, source_, valid_, size)
-    sr_, _ = row_sharpe_ratio(source_, source, valid, size)
+    sr, nearest = row_sharpe_ratio(source, source_, valid_, size, nearest)
+    sr_, _ = row_sharpe_ratio(source_, source, valid, size, most=most_ if detach else None)
     weight = (softmax(sr, valid)[b, i] + softmax(sr_, valid_)[b, j]) / 2
     apart = non_match_cost(q, k, valid, valid_, b, i, j, size).sum(dim=1) if form == "released" else None
     l_nm = weight * (match_cost(s) if form == "released" else -log_M_hat)
@@ -310,23 +315,70 @@ def by_rows(function, q, size):         # (b, t) from function(rows of q, index 
     return torch.cat([recomputed(function)(q[:, start:start + size], start) for start in starts], dim=1)
 
 
+class Logsumexps(torch.autograd.Function):
+    """For unit q, k (b, t, c): logsumexp of s_ij / temperature over j (b, t) and over i (b, t), of valid
+    tokens alone; where the most similar valid one of each i is, and how similar that of each j is (b, t).
+    One pass over the similarities, one more in backward: a cosine is at most 1, so exp((s - 1) / temperature)
+    needs no maximum first and serves both sums; above a temperature of 0.025 it is at least exp(-80), which
+    float32 holds. Invalid pairs, s = -2, are in no sum.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, temperature, valid, valid_, size):
+        b, t, _ = q.shape
+        rows, columns, most_ = q.new_zeros(b, t), q.new_zeros(b, t), q.new_full((b, t), -2.0)
+        nearest, whole = torch.zeros(b, t, dtype=torch.long, device=q.device), valid.all() and valid_.all()
+        for start in range(0, t, size):
+            part = slice(start, start + size)
+            s = products(q[:, part], k)
+            if not whole:
+                s.masked_fill_(~both(valid[:, part], valid_), -2)
+            nearest[:, part] = s.argmax(dim=2)
+            most_ = torch.maximum(most_, s.amax(dim=1))
+            e = s.sub_(1).div_(temperature).exp_()
+            rows[:, part] = einsum(e, valid_.to(q), "b i j, b j -> b i")
+            columns += einsum(e, valid[:, part].to(q), "b i j, b i -> b j")
+        ctx.save_for_backward(q, k, valid, valid_, rows, columns)
+        ctx.temperature, ctx.size = temperature, size
+        ctx.mark_non_differentiable(nearest, most_)
+        return rows.log() + 1 / temperature, columns.log() + 1 / temperature, nearest, most_
+
+    @staticmethod
+    def backward(ctx, g_rows, g_columns, *_):
+        q, k, valid, valid_, rows, columns = ctx.saved_tensors
+        g_rows, g_columns = (torch.where(n > 0, g / (n * ctx.temperature), 0)
+                             for g, n in ((g_rows, rows), (g_columns, columns)))
+        g_q, g_k = torch.empty_like(q), torch.zeros_like(k)
+        for start in range(0, q.shape[1], ctx.size):
+            part = slice(start, start + ctx.size)
+            e = products(q[:, part], k).sub_(1).div_(ctx.temperature).exp_()
+            e *= (einsum(g_rows[:, part], valid_.to(q), "b i, b j -> b i j")
+                  + einsum(valid[:, part].to(q), g_columns, "b i, b j -> b i j"))
+            g_q[:, part] = einsum(e, k, "b i j, b j c -> b i c")
+            g_k += einsum(e, q[:, part], "b i j, b i c -> b j c")
+        return g_q, g_k, None, None, None, None
+
+
 def row_logsumexp(q, k, temperature, size, v):      # (b, t): logsumexp over j of s_ij / temperature + v_j
     return by_rows(lambda part, _: (products(part / temperature, k)
                                     + rearrange(v, "b j -> b 1 j")).logsumexp(dim=2), q, size)
 
 
-def row_sharpe_ratio(q, k, valid_, size):
+def row_sharpe_ratio(q, k, valid_, size, nearest=None, most=None):
     """`sharpe_ratio` of q's tokens, and where each one's most similar valid token of k is. Mean and variance
-    of q_i . k_j over j follow from those of k (much faster): only the peak has to be searched for."""
+    of q_i . k_j over j follow from those of k (much faster): only the peak has to be searched for, unless
+    its place or, where no gradient is asked for, its height `most` is known."""
     where, out_ = rearrange(valid_, "b j -> b j 1"), ~rearrange(valid_, "b j -> b 1 j")
-    with torch.no_grad():
-        nearest = by_rows(lambda part, _: products(part, k).masked_fill(out_, LOW).argmax(dim=2), q, size)
+    if nearest is None and most is None:
+        with torch.no_grad():
+            nearest = by_rows(lambda part, _: products(part, k).masked_fill(out_, LOW).argmax(dim=2), q, size)
     mean, _ = moments(k, where, 1)
     around = (k - mean).masked_fill(~where, 0)
     covariance = einsum(around, around, "b j c, b j d -> b c d") / where.sum(dim=1, keepdim=True).clamp(min=1)
     variance = (einsum(q, covariance, "b i c, b c d -> b i d") * q).sum(dim=2).clamp(min=0)
-    peak = k.gather(1, rearrange(nearest, "b i -> b i 1").expand_as(k)) - mean
-    ratio = (q * peak).sum(dim=2) / (variance + 1e-12).sqrt()
+    if most is None:
+        most = (q * k.gather(1, rearrange(nearest, "b i -> b i 1").expand_as(k))).sum(dim=2)
+    ratio = (most - (q * mean).sum(dim=2)) / (variance + 1e-12).sqrt()
     return ratio.masked_fill(~valid_.any(dim=1, keepdim=True), 0), nearest
 
 
