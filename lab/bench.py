@@ -1,40 +1,51 @@
-"""Speed and memory, two things compared in one run, interleaved, as ratios with their spread. No tests.
+"""Speed and memory beside peers: two things in one process, interleaved, with the spread of their ratio.
 
-    python -m lab.bench sliding      sliding_window against MONAI's, 512 x 512 x 300 voxels (needs monai)
-    python -m lab.bench step         a pre-training step of the paper's size, compiled or not (needs a GPU)
-    python -m lab.bench tokens       L_p2p + L_p2s for 27,648 tokens, forward and backward, time and memory
-    python -m lab.bench data         slabs per second that the loader cuts from a cache, by number of workers
+    python -m lab.bench all             every row (needs monai), a table and bench.json, lines as they come
+    python -m lab.bench encoder unetr   rows: encoder unetr step losses loading sliding demo
+    python -m lab.bench profile         where the time of the step goes, by operation
+
+Each pair has the same inputs, weights and dtype; a line "by default" is each as its users get it. Floor: the
+operations that a row has to do over what this machine multiplies, measured in the same run: 1 would mean that
+nothing but matrix products is done, at full rate. Times are medians after one round of warming up.
 """
+import copy
+import json
 import resource
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
+import configs
 import data
 import losses
 import pretrain
+import run
+from model import SwinUNETR, from_monai
 from tasks import sliding_window
 
-
-def device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+ROOT = Path(__file__).resolve().parents[1]
+FOUND = []                              # all rows of this call, for bench.json
 
 
 class Peak:
     """Peak memory above the start, in GB: of the GPU, or of this process (sampled every 5 ms)."""
 
     def __enter__(self):
-        self.cuda = torch.cuda.is_available()
-        if self.cuda:
+        if CUDA:
             torch.cuda.reset_peak_memory_stats()
             self.start = torch.cuda.memory_allocated()
         else:
@@ -52,7 +63,7 @@ class Peak:
             self.highest = max(self.highest, self.resident())
 
     def __exit__(self, *_):
-        if self.cuda:
+        if CUDA:
             self.highest = torch.cuda.max_memory_allocated()
         else:
             self.stop.set()
@@ -61,76 +72,214 @@ class Peak:
 
 
 def seconds(call):
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
     with Peak() as peak:
-        call()
-        if torch.cuda.is_available():
+        if CUDA:
             torch.cuda.synchronize()
-    return time.perf_counter() - start, peak.gb
+        start = time.perf_counter()
+        call()
+        if CUDA:
+            torch.cuda.synchronize()
+        took = time.perf_counter() - start
+    return took, peak.gb
 
 
-def compare(ours, theirs, names, rounds):
-    """Interleaved rounds; prints the median of each and the median ratio with its least and largest."""
-    rows = [[], []]
+def matrix_rate(dtype=torch.float32, n=2048):
+    """Floating-point operations a second of a matrix product of this machine, the best of five."""
+    a = torch.randn(n, n, device=DEVICE).to(dtype)
+    return max(2 * n ** 3 / seconds(lambda: a @ a)[0] for _ in range(5))
+
+
+def record(row, **numbers):
+    """A line of the table, of JSON, and of bench.json."""
+    FOUND.append(dict(row=row, **numbers))
+    print(json.dumps(FOUND[-1]), flush=True)
+
+
+def compare(row, calls, rounds=3, operations=None, dtype=torch.float32):
+    """Interleaved rounds of {name: call}, ours first: seconds and ratios to ours, each with its spread."""
+    for call in calls.values():
+        call()
+    found, names = {name: [] for name in calls}, list(calls)
     for k in range(rounds):
-        for which in ((0, 1) if k % 2 == 0 else (1, 0)):            # who comes first alternates
-            rows[which].append(seconds((ours, theirs)[which]))
-    ratios = [b[0] / a[0] for a, b in zip(*rows)]
-    for name, row in zip(names, rows):
-        median, peak = statistics.median(r[0] for r in row), max(r[1] for r in row)
-        print(f"  {name:24s} {median:8.2f} s   peak {peak:6.2f} GB above the start")
-    print(f"  {names[1]} / {names[0]}: time x {statistics.median(ratios):.2f} "
-          f"({min(ratios):.2f} .. {max(ratios):.2f}), {rounds} rounds")
+        for name in (names if k % 2 == 0 else names[::-1]):         # who comes first alternates
+            found[name].append(seconds(calls[name]))
+    ours = found[names[0]]
+    for name, several in found.items():
+        ratios = sorted(a[0] / b[0] for a, b in zip(several, ours))
+        middle = statistics.median(s for s, _ in several)
+        more = dict(ratio=[round(r, 3) for r in (statistics.median(ratios), ratios[0], ratios[-1])])
+        if operations and name == names[0]:
+            more = dict(floor=round(operations / matrix_rate(dtype) / middle, 3))
+        record(row, who=name, seconds=round(middle, 4), gb=round(max(g for _, g in several), 3), **more)
 
 
-def sliding(rounds=3, classes=14):
-    from monai.inferers import sliding_window_inference
-    volume = torch.randn(1, 1, 512, 512, 300)
-    torch.manual_seed(0)
-    network = nn.Conv3d(1, classes, 1).to(device()).eval()      # cheap, so that the window's own cost shows
-
-    def ours():
-        sliding_window(network, volume, 96, 0.5, 4, blend, device=device(), store="cpu")
-
-    def theirs():
-        sliding_window_inference(volume, 96, 4, network, 0.5, blend, sw_device=device(), device="cpu")
-
-    for blend in ("gaussian", "constant"):
-        print(f"512 x 512 x 300 voxels, window 96^3, overlap 0.5, {classes} classes, {blend}, on {device()}")
-        with torch.no_grad():
-            compare(ours, theirs, ("ours", "MONAI"), rounds)
+def operations_of(call):
+    """Floating-point operations of matrix products and convolutions in a call."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
-def tokens(t=(48, 48, 12), c=64):
-    n = t[0] * t[1] * t[2]
-    rng, centre = np.random.default_rng(0), (191.5, 191.5, 47.5)
-    H = data.random_affine(rng, centre, (5, 5, 30), (0.9, 1.2), 0.05, (24, 24, 8))
-    pairs = data.matches(H[None], t, 8).to(device())
-    q, k = (torch.randn(1, n, c, device=device()) for _ in range(2))
-    q.requires_grad_()
+# -------------------------------------------------------------------------------------------------- networks
 
-    def both():
-        losses.s2dc_loss(q, k, pairs, None, None, None, weights=(0, 1, 1))["loss"].backward()
-    took, peak = seconds(both)
-    print(f"{n} tokens of {c} channels, {len(pairs)} matches, forward and backward: {took:.1f} s, "
-          f"peak {peak:.2f} GB above the start, on {device()}")
+def used(network, volume, train, dtype):
+    """One use: forward, or forward and backward of a loss over all that comes out."""
+    with torch.set_grad_enabled(train), torch.autocast(DEVICE.type, torch.bfloat16, dtype != torch.float32):
+        out = network(volume)
+        out = out if isinstance(out, list | tuple) else [out]
+    if train:
+        network.zero_grad()
+        slope = [torch.linspace(-1, 1, x.shape[-1], device=DEVICE) for x in out]
+        sum((x.float() * w).pow(2).mean() for x, w in zip(out, slope)).backward()
 
 
-def step(rounds=20):
-    """The paper's setting: slab 384 x 384 x 96, 16 crops, feature 48, v2, bfloat16."""
-    if not torch.cuda.is_available():
-        raise SystemExit("lab.bench step needs a GPU")
+def networks(kind, rounds=3):
+    """Encoder or Swin-UNETR of feature 48, a crop of 96^3, beside MONAI's, plain and with flash attention."""
+    from monai.networks.nets.swin_unetr import SwinUNETR as Peer
+    volume = torch.randn(1, 1, 96, 96, 96, device=DEVICE)
+    fast = bool(CUDA or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    for v2 in (False, True):
+        peers = {"MONAI": False, "MONAI flash": True}
+        peers = {name: Peer(1, 14, feature_size=48, use_v2=v2, use_flash_attention=flash).to(DEVICE)
+                 for name, flash in peers.items()}
+        weights = peers["MONAI"].state_dict()
+        peers["MONAI flash"].load_state_dict(weights)
+        ours = SwinUNETR(1, 14, v2=v2).to(DEVICE)
+        ours.load_state_dict(from_monai(weights))
+        if kind == "encoder":
+            ours, peers = ours.encoder, {name: peer.swinViT for name, peer in peers.items()}
+        everybody = {"ours": ours, **peers}
+        for train in (False, True):
+            row = f"{kind} v{1 + v2} {'training' if train else 'inference'}"
+            work = operations_of(partial(used, ours, volume, train, torch.float32))
+            for dtype in (torch.float32, torch.bfloat16)[:1 + fast]:
+                calls = {name: partial(used, net, volume, train, dtype) for name, net in everybody.items()}
+                compare(f"{row} {str(dtype)[6:]}", calls, rounds, work, dtype)
+            best = copy.deepcopy(ours)
+            if CUDA:
+                best.compile()
+            mine = partial(used, best, volume, train, torch.bfloat16 if CUDA else torch.float32)
+            peer = partial(used, peers["MONAI"], volume, train, torch.float32)
+            compare(f"{row} by default", {"ours": mine, "MONAI": peer}, rounds)
+
+
+# ----------------------------------------------------------------------------------------- pre-training step
+
+def step_config(crops):
+    return pretrain.Config(slab=(96 * crops, 96, 96) if crops < 16 else (384, 384, 96), token_patch=32,
+                           fill_share=0, workers=0, checkpointing=False, compile=CUDA)
+
+
+def on_device(batch):
+    return {key: value.to(DEVICE) if torch.is_tensor(value) else value for key, value in batch.items()}
+
+
+def step(rounds=3):
+    """A pre-training step of true size (2 crops on a CPU, 16 on a GPU) beside the released recipe's work."""
     with tempfile.TemporaryDirectory() as folder:
-        write_scans(Path(folder), 4)
-        for compiled in (False, True):
-            command = [sys.executable, "pretrain.py", "configs/ct.py", f"--name=bench_{compiled}",
-                       f"--data={folder}", "--scans=*.nii.gz", "--exclude=()", f"--cache={folder}/cache",
-                       f"--runs={folder}/runs", f"--compile={compiled}", f"--steps={3 * rounds}",
-                       f"--log_every={rounds}", f"--save_every={3 * rounds}", "--workers=8", *sys.argv[2:]]
-            print(f"pretrain.py, compile={compiled}", flush=True)
-            subprocess.run(command, cwd=Path(__file__).resolve().parents[1], check=True)
+        cfg = step_config(16 if CUDA else 2)
+        batch, token_grid = one_batch(folder, cfg)
+        student, teacher, optimizer, queue = pretrain.build(cfg, DEVICE, new=True)
+        peer = Released().to(DEVICE)
+        ours = partial(our_step, cfg, batch, student, teacher, optimizer, queue)
+        theirs = partial(released_step, cfg, batch, peer)
+        compare("pre-training step", {"ours": ours, "released recipe": theirs}, rounds)
+
+
+def one_batch(folder, cfg):
+    write_scans(Path(folder), 1)
+    cfg.data, cfg.scans, cfg.cache = folder, "*.nii.gz", f"{folder}/cache"
+    slabs = data.Slabs(data.open_scans(cfg, say=run.silent), cfg, 1, 0)
+    grid = tuple(s // cfg.token_patch for s in cfg.slab)
+    return pretrain.assemble([slabs[0, 0]], grid, cfg.token_patch), grid
+
+
+def our_step(cfg, batch, student, teacher, optimizer, queue):
+    """As the loop of pretrain.py has it, for one process and one pass."""
+    batch, V, tokens_, keys, _ = pretrain.taught(batch, teacher, cfg, DEVICE, CUDA)
+    chosen, b = batch["chosen"], torch.arange(len(V), device=DEVICE)
+    keep = pretrain.crops_seen(batch["valid"], cfg).index_put((b, chosen), batch["valid"].new_ones(()))
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
+        tokens, embeddings, _ = student(V, keep)
+    subjects = torch.zeros(len(V), dtype=torch.long, device=DEVICE)
+    others, allowed = pretrain.others_of_step(keys, subjects, b, batch["apart"])
+    losses.s2dc_loss(tokens, tokens_, batch["pairs"], embeddings[b, chosen], keys[:, -1], others,
+                     allowed=allowed)["loss"].backward()
+    nn.utils.clip_grad_norm_(student.parameters(), cfg.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    pretrain.follow(teacher, student, cfg.momentum)
+
+
+class Released(nn.Module):
+    """What the released training step computes, rebuilt from its description: MONAI's v2 encoder for student
+    and teacher, projectors 768-2048-2048-512, AdamW, float32, nothing compiled."""
+
+    def __init__(self):
+        super().__init__()
+        from monai.networks.nets.swin_unetr import SwinUNETR as Peer
+        self.student = nn.ModuleList([Peer(1, 14, feature_size=48, use_v2=True).swinViT, *(
+            nn.Sequential(nn.Linear(768, 2048), nn.BatchNorm1d(2048, affine=False), nn.ReLU(),
+                          nn.Linear(2048, 2048), nn.BatchNorm1d(2048, affine=False), nn.ReLU(),
+                          nn.Linear(2048, 512)) for _ in range(2))])
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=3e-4, weight_decay=0.1)
+        self.register_buffer("queue", F.normalize(torch.randn(90, 512), dim=1))
+
+
+def released_step(cfg, batch, peer):
+    """Three teacher passes of all crops, one of the student, Sinkhorn of 100 iterations for every layer of
+    tokens in z, in a Python loop; the update of the teacher before its forward."""
+    V, V_, _ = data.views(on_device(batch), cfg)
+    cut = partial(rearrange, pattern="b c (ni x) (nj y) (nk z) -> (b ni nj nk) c x y z", x=96, y=96, z=96)
+    with torch.no_grad():
+        for slow, fast in zip(peer.teacher.parameters(), peer.student.parameters()):
+            slow.lerp_(fast, 0.001)
+        passes = [peer.teacher[0](cut(view))[-1] for view in (V_, V, V_)]
+        tokens_ = peer.teacher[1](rearrange(passes[0], "n c i j k -> (n i j k) c"))
+        keys = F.normalize(peer.teacher[2](passes[1].mean((2, 3, 4))), dim=1)
+    maps = peer.student[0](cut(V))[-1]
+    tokens = peer.student[1](rearrange(maps, "n c i j k -> (n i j k) c"))
+    query = F.normalize(peer.student[2](maps.mean((2, 3, 4)))[:1], dim=1)
+    loss = losses.info_nce(query, keys[:1], torch.cat([keys[1:], peer.queue]), 0.9)
+    layers = [rearrange(x, "(n i j k) c -> k (n i j) c", i=3, j=3, k=3) for x in (tokens, tokens_)]
+    for q, k in zip(*layers):
+        plan = losses.sinkhorn(losses.similarity(q[None], k[None]), 1.0, torch.ones((), device=DEVICE))
+        match = torch.eye(len(q), dtype=torch.bool, device=DEVICE)[None]
+        loss = loss + losses.patch_to_patch(plan, match) / 3
+    peer.optimizer.zero_grad()
+    loss.backward()
+    peer.optimizer.step()
+
+
+def profile():
+    from torch.profiler import ProfilerActivity
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = step_config(16 if CUDA else 2)
+        batch, _ = one_batch(folder, cfg)
+        parts = pretrain.build(cfg, DEVICE, new=True)
+        our_step(cfg, batch, *parts)
+        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if CUDA else [])]
+        with torch.profiler.profile(activities=kinds, record_shapes=True) as found:
+            our_step(cfg, batch, *parts)
+    by = f"self_{'device' if CUDA else 'cpu'}_time_total"
+    print(found.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=50))
+
+
+# -------------------------------------------------------------------------------------- losses, data, windows
+
+def token_losses(rounds=3, c=64):
+    """L_p2p + L_p2s forward and backward."""
+    for grid, patch in (((12, 12, 3), 32), ((24, 24, 6), 16), ((48, 48, 12), 8)):
+        n, centre = grid[0] * grid[1] * grid[2], (191.5, 191.5, 47.5)
+        H = data.random_affine(np.random.default_rng(0), centre, (5, 5, 30), (0.9, 1.2), 0.05, (24, 24, 8))
+        pairs = data.matches(H[None], grid, patch).to(DEVICE)
+        q, k = (torch.randn(1, n, c, device=DEVICE) for _ in range(2))
+        q.requires_grad_()
+
+        def both(q=q, k=k, pairs=pairs):
+            losses.s2dc_loss(q, k, pairs, None, None, None, weights=(0, 1, 1))["loss"].backward()
+        compare(f"losses, {n} tokens", {"ours": both}, rounds, operations=8 * n * n * c)
 
 
 def write_scans(folder, count, shape=(512, 512, 200)):
@@ -143,23 +292,97 @@ def write_scans(folder, count, shape=(512, 512, 200)):
         nib.save(nib.Nifti1Image(voxels, np.diag([0.8, 0.8, 1.5, 1])), folder / f"scan{k}.nii.gz")
 
 
-def loading(count=12):
+def loading(count=6):
+    """A slab and its moved copy, as a worker makes them, beside a MONAI pipeline: ours cuts a slab with what
+    lies around it out of the cache, and moves it on the device ("views too")."""
+    from monai import transforms as T
     with tempfile.TemporaryDirectory() as folder:
         write_scans(Path(folder), 2)
         cfg = pretrain.Config(data=folder, scans="*.nii.gz", cache=f"{folder}/cache", batch=1, workers=2)
-        scans = data.open_scans(cfg)
-        for workers in (0, 1, 2):
-            slabs, jobs = data.Slabs(scans, cfg, 1, 0), [[(s, 0)] for s in range(count)]
-            loader = DataLoader(slabs, batch_sampler=jobs, num_workers=workers, collate_fn=data.collate)
-            took, _ = seconds(lambda: [batch["cutout"].shape for batch in loader])
-            rate = f"{count / took:.2f} slabs/s"
-            print(f"slabs of {cfg.slab} with their surroundings, {workers} workers: {rate}")
+        scans = data.open_scans(cfg, say=run.silent)
+        slabs = data.Slabs(scans, cfg, 1, 0)
+        peer = T.Compose([
+            T.LoadImaged("image"), T.EnsureChannelFirstd("image"), T.Orientationd("image", axcodes="RAS"),
+            T.ScaleIntensityRanged("image", -1000, 1000, 0, 1, clip=True),
+            T.CropForegroundd("image", source_key="image", allow_smaller=True),
+            T.RandSpatialCropd("image", cfg.slab, random_size=False), T.SpatialPadd("image", cfg.slab),
+            T.CopyItemsd("image", names=["moved"]),
+            T.RandAffined("moved", prob=1, rotate_range=(0, 0, 0.5), translate_range=24,
+                          padding_mode="border"),
+            T.RandShiftIntensityd("moved", 0.1, prob=0.1)])
+        files = [dict(image=f"{folder}/scan{k % 2}.nii.gz") for k in range(count)]
+
+        def cut(views):
+            for k in range(count):
+                batch = pretrain.assemble([slabs[k, 0]], (12, 12, 3), 32)
+                if views:
+                    data.views(on_device(batch), cfg)
+        compare(f"{count} slabs", {"ours": partial(cut, False), "ours, views too": partial(cut, True),
+                                   "MONAI": lambda: [peer(file) for file in files]}, 1)
+        for workers in (1, 2):
+            steps = [[(step, 0)] for step in range(2 * count)]
+            loader = DataLoader(slabs, batch_sampler=steps, num_workers=workers, collate_fn=data.collate)
+            took, _ = seconds(lambda loader=loader: [batch["cutout"].shape for batch in loader])
+            record(f"slabs a second, {workers} workers", who="ours", rate=round(2 * count / took, 2))
+
+
+def sliding(rounds=3, classes=14):
+    """512 x 512 x 300 voxels, windows of 96^3, overlap 0.5, a network that costs little itself."""
+    from monai.inferers import sliding_window_inference
+    volume = torch.randn(1, 1, 512, 512, 300)
+    network = nn.Conv3d(1, classes, 1).to(DEVICE).eval()
+    for blend in ("gaussian", "constant"):
+        ours = partial(sliding_window, network, volume, 96, 0.5, 4, blend, device=DEVICE, store="cpu")
+        peer = partial(sliding_window_inference, volume, 96, 4, network, 0.5, blend, sw_device=DEVICE,
+                       device="cpu")
+        calls = {"ours": ours, "MONAI": peer}
+        with torch.no_grad():
+            compare(f"sliding window, {blend}", calls, rounds)
+
+
+def demo():
+    """The README's two lines, seconds by part."""
+    texts = [line for line in (ROOT / "README.md").read_text().splitlines() if "configs/demo" in line]
+    first = next(line for line in texts if "pretrain.py" in line)
+    second = next(line for line in texts if "demo_pretrained" in line)
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["git", "clone", "-q", str(ROOT), folder], check=True)
+        for name, line in (("first", first), ("second", second)):
+            for part in line.split(" && "):
+                if part.startswith("python ") and "python3" not in part:
+                    took, _ = seconds(partial(subprocess.run, part, shell=True, cwd=folder, check=True,
+                                              stdout=subprocess.DEVNULL))
+                    record(f"README, {name} line", who=part[:60], seconds=round(took, 1))
+
+
+ROWS = dict(encoder=partial(networks, "encoder"), unetr=partial(networks, "unetr"), step=step,
+            losses=token_losses, loading=loading, sliding=sliding, demo=demo)
+
+
+def table():
+    """Markdown of what was found."""
+    heads = ("row", "who", "seconds", "ratio", "gb", "floor", "rate")
+    lines = [heads, ("---",) * len(heads)]
+    for found in FOUND:
+        ratio = found.get("ratio")
+        cells = dict(found, ratio="{:.2f} ({:.2f} .. {:.2f})".format(*ratio) if ratio else "")
+        lines.append([str(cells.get(head, "")) for head in heads])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main(argv):
+    names = list(ROWS) if argv == ["all"] else argv
+    if argv == ["profile"]:
+        return profile()
+    if not names or set(names) - set(ROWS):
+        raise SystemExit(f"lab.bench: expected all, profile, or some of {', '.join(ROWS)}; found {argv}")
+    print(json.dumps(run.versions()), flush=True)
+    for name in names:
+        ROWS[name]()
+    print(table())
+    with configs.replacing(Path("bench.json")) as aside:
+        aside.write_text(json.dumps(dict(run.versions(), rows=FOUND), indent=1))
 
 
 if __name__ == "__main__":
-    todo = {"sliding": sliding, "step": step, "tokens": tokens, "data": loading}
-    if len(sys.argv) < 2 or sys.argv[1] not in todo:
-        raise SystemExit(__doc__)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
-          f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}")
-    todo[sys.argv[1]]()
+    run.program(main)
