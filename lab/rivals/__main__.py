@@ -1,0 +1,215 @@
+"""Pre-train our Swin3D by another self-supervised method, on the same data and with the same budget.
+
+    python -m lab.rivals configs/demo.py --method=simclr        -> runs/demo-simclr/encoder.pt
+
+A method is a small nn.Module: `encoder`, `passes` (encoder passes of a crop per sample and step: with and
+without gradient) and forward(batch, generator) -> (loss (), {name: () to log}); after_step(step, steps) if it
+has one. All its draws come from the generator, which is seeded by the run's seed and the step. batch:
+
+    V, V_, twin             (b, c, x, y, z) a crop; its moved copy, intensities changed; a second one of those
+    H, H_twin               (b, 4, 4) float64, V -> V_ and V -> twin in voxels
+    pairs                   (m, 3) rows (b, i, j): true matches V <-> V_ among the body's tokens (token_patch)
+    valid, valid_           (b, t) bool, the tokens of V and V_ that show the body
+    start, shape, subjects  (b, 3) first voxel of V in its scan; (b, 3) size of the scan; (b,) whose scan
+    bases, bases_start      with `surroundings = True` only: (b, 4, c, x, y, z) four crops, 2 x 2 along x y,
+                            that tile a region around V; (b, 4, 3) their first voxels in the scan
+
+Budget: a pass with gradient counts 3, one without 1. S2DC's step at one crop a slab counts 5 a sample (V; V'
+and twin without gradient), so `steps` and `warmup`, which are S2DC's, are multiplied by 5 over the method's
+count. Decoders and heads are not counted. One process: the batch is what a method contrasts.
+"""
+import dataclasses
+import functools
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import nn
+
+import configs
+import data
+import pretrain
+import run
+from lab.rivals import contrast
+
+METHODS = contrast.METHODS
+S2DC = 3 * 1 + 2        # what a step of S2DC counts per sample
+
+
+@dataclasses.dataclass
+class Config(pretrain.Config):
+    """The keys of pre-training, of which a method reads those of data, network, optimisation and heads."""
+    method: str = ""                # which rival; steps and warmup are S2DC's, see the head of this file
+
+
+class Samples(data.Slabs):
+    """Slabs, each one crop, with what methods ask beyond S2DC."""
+
+    def __init__(self, scans, cfg, surroundings):
+        super().__init__(scans, cfg, cfg.batch, cfg.seed)
+        self.surroundings = surroundings
+
+    def __getitem__(self, step_place):
+        step, place = step_place
+        scan, sample = data.nth_scan(self.scans, self.seed, step * self.batch + place), super().__getitem__(step_place)
+        sample |= dict(shape=torch.tensor(scan.shape), subjects=torch.tensor(self.number[scan.subject]))
+        if self.surroundings:
+            sample |= self.around(scan, sample["start"].numpy(), np.random.default_rng((self.seed, 4, step, place)))
+        return sample
+
+    def around(self, scan, start, generator):
+        """Four crops that tile a region around the crop at `start`: anywhere within the scan that holds it, or
+        centred on a scan that is smaller; along z as the crop."""
+        crop, shape = np.array(self.cfg.crop), np.array(scan.shape)
+        size = crop * (2, 2, 1)
+        low, high = np.maximum(start + crop - size, 0), np.minimum(start, shape - size)
+        low = np.where(shape < size, -((size - shape) // 2), generator.integers(low, np.maximum(high, low) + 1))
+        low = np.where(size == crop, start, low)
+        bases = rearrange(scan.cut(low, low + size), "c (i x) (j y) z -> (i j) c x y z", i=2, j=2)
+        corners = np.array([(i, j, 0) for i in (0, 1) for j in (0, 1)]) * crop
+        return dict(bases=torch.from_numpy(bases.copy()), bases_start=torch.from_numpy(low + corners))
+
+
+def on_device(batch, cfg, device):
+    """What a method sees of the loader's batch: see the head of this file."""
+    batch = {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+             for key, value in batch.items()}
+    views = dict(zip(("V", "V_", "twin"), data.views(batch, cfg)))
+    return batch | views | ({"bases": batch["bases"].float()} if "bases" in batch else {})
+
+
+def load(argv):
+    """The config, named <name>-<method> unless --name is given, so that no method goes on with another's run."""
+    cfg = configs.load(Config, argv)
+    if cfg.method not in METHODS:
+        raise SystemExit(f"method = {cfg.method!r}, expected one of {', '.join(METHODS)}")
+    if not any(arg.startswith("--name=") for arg in argv) and not cfg.name.endswith(f"-{cfg.method}"):
+        cfg = dataclasses.replace(cfg, name=f"{cfg.name}-{cfg.method}")
+    return cfg
+
+
+def check(cfg, ranks):
+    """Refuse what cannot run, one line each, before anything is read or written."""
+    pretrain.check(cfg, ranks)
+    run.refuse([
+        (cfg.slab == cfg.crop, f"slab = {cfg.slab}, crop = {cfg.crop}: a rival sees one crop of a scan, give "
+         f"--slab={','.join(map(str, cfg.crop))}"),
+        (ranks == 1 and cfg.accumulate == 1, "rivals train in one process and pass: the batch is their contrast"),
+        (not cfg.init, "init: rivals start from random weights"),
+    ])
+
+
+def planned(cfg, method):
+    """The config with the method's own steps and warm-up, as many encoder passes as S2DC's `steps` cost."""
+    ratio = S2DC / (3 * method.passes[0] + method.passes[1])
+    return dataclasses.replace(cfg, steps=max(1, round(cfg.steps * ratio)), warmup=round(cfg.warmup * ratio))
+
+
+def build(cfg, device):
+    torch.manual_seed(cfg.seed)
+    network = METHODS[cfg.method](cfg).to(device).train()
+    if cfg.compile:
+        network.encoder.compile()
+    learned = [p for p in network.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in learned if p.ndim > 1], [p for p in learned if p.ndim <= 1]
+    return network, torch.optim.AdamW([dict(params=matrices, weight_decay=cfg.decay),
+                                       dict(params=vectors, weight_decay=0.0)], lr=cfg.lr)
+
+
+def restore(state, network, optimizer):
+    try:
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (KeyError, RuntimeError, ValueError):
+        raise SystemExit(f"{state['config']['name']}: last.pt is of another program or version; give "
+                         "--name=another") from None
+
+
+def save(folder, network, optimizer, plan, step, origin):
+    """encoder.pt, as of stage 1, and last.pt."""
+    pretrain.save_encoder(folder / "encoder.pt", network, plan, step, origin)
+    run.save(folder / "last.pt", dict(format="s2dc/rival", network=network.state_dict(), step=step,
+                                      optimizer=optimizer.state_dict(), config=dataclasses.asdict(plan)), keep=True)
+
+
+def report(line):
+    measures = "  ".join(f"{name} {value:.4f}" for name, value in line.items()
+                         if name not in ("step", "lr", "samples_per_s", "waiting", "memory_gb"))
+    return (f"step {line['step']:6d}  {measures}  lr {line['lr']:.2e}  {line['samples_per_s']:.2f} samples/s  "
+            f"waiting {line['waiting']:.0%}  {line['memory_gb']:.2f} GB")
+
+
+def open_run(cfg, plan, device, scans, state):
+    """(network, optimizer, iterator of batches) at the step that `state` is of."""
+    network, optimizer = build(plan, device)
+    if state is not None:
+        restore(state, network, optimizer)
+    grid = tuple(s // cfg.token_patch for s in cfg.crop)
+    samples = Samples(scans, plan, getattr(network, "surroundings", False))
+    batches = run.batches(samples, plan, 0, 1, state["step"] if state else 0,
+                          functools.partial(pretrain.assemble, token_grid=grid, patch=cfg.token_patch))
+    return network, optimizer, batches
+
+
+def main(argv):
+    cfg = load(argv)
+    check(cfg, run.processes()[1])
+    plan, folder, method = planned(cfg, METHODS[cfg.method]), Path(cfg.runs) / cfg.name, METHODS[cfg.method]
+    state = run.resume(folder, plan, pretrain.FREE, print)
+    first = state["step"] if state else 0
+    if first >= plan.steps:
+        print(f"{folder} is complete: {first} steps; its encoder is {folder}/encoder.pt")
+        return
+    print(configs.differing(cfg))
+    scans, device = pretrain.open_scans(cfg, 1, 0, folder, first, print)
+    network, optimizer, batches = open_run(cfg, plan, device, scans, state)
+    bf16 = cfg.bf16 and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    origin = run.versions() | dict(passes=method.passes, steps_of_s2dc=cfg.steps, steps=plan.steps)
+    print(f"{cfg.method}: {method.passes[0]} encoder passes with and {method.passes[1]} without gradient a sample: "
+          f"steps {first} to {plan.steps} cost what {cfg.steps} of S2DC do; {origin['device']}, {len(scans)} scans")
+    lock = run.start_log(folder, cfg, first, origin)
+
+    sums, waited, counted = {}, 0.0, 0
+    began = tick = time.time()
+    for step in range(first, plan.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = run.lr_at(step, plan)
+        start = time.time()
+        batch = next(batches)
+        waited += time.time() - start
+        draws = int(np.random.default_rng((cfg.seed, 5, step)).integers(2 ** 62))
+        generator = torch.Generator(device).manual_seed(draws)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss, measures = network(on_device(batch, cfg, device), generator)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_([p for p in network.parameters() if p.requires_grad], cfg.clip)
+        terms = {"loss": loss} | measures | {"grad_norm": norm}
+        if not torch.isfinite(norm + loss):             # nothing of this step reaches the weights or the disk
+            values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+            run.diverged(folder, step, f"{values}; cases: {', '.join(batch['id'])}")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if hasattr(network, "after_step"):
+            network.after_step(step, plan.steps)
+        sums = {name: sums.get(name, 0) + value.detach().float() for name, value in terms.items()}
+        counted, done = counted + 1, step + 1
+        if done % cfg.log_every == 0 or done == plan.steps:
+            now = time.time()
+            line = dict(step=done, **pretrain.average(sums, counted, 1), lr=run.lr_at(step, plan),
+                        samples_per_s=counted * cfg.batch / (now - tick), waiting=waited / (now - tick),
+                        memory_gb=run.memory_gb())
+            print(report(line) + f"  {run.clock((now - began) / (done - first) * (plan.steps - done))} left")
+            run.write_log(folder, line)
+            sums, waited, counted, tick = {}, 0.0, 0, now
+        if done in cfg.keep:
+            pretrain.save_encoder(folder / f"encoder-{done}.pt", network, plan, done, origin)
+        if done % cfg.save_every == 0 or done == plan.steps:
+            save(folder, network, optimizer, plan, done, origin)
+    print(f"{plan.steps} steps in {run.clock(time.time() - began)}; encoder: {folder}/encoder.pt")
+    del lock            # another process may train under this name now
+
+
+if __name__ == "__main__":
+    run.program(main)
