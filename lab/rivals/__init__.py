@@ -1,1 +1,1 @@
-"""Other self-supervised objectives on the encoder, data and budget of S2DC: python -m lab.rivals configs/x.py"""
+"""Rivals: other self-supervised methods on the encoder, the data and the budget of S2DC; a family a file."""

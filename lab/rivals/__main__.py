@@ -53,20 +53,22 @@ class Samples(data.Slabs):
 
     def __getitem__(self, step_place):
         step, place = step_place
-        scan, sample = data.nth_scan(self.scans, self.seed, step * self.batch + place), super().__getitem__(step_place)
+        scan = data.nth_scan(self.scans, self.seed, step * self.batch + place)
+        sample = super().__getitem__(step_place)
         sample |= dict(shape=torch.tensor(scan.shape), subjects=torch.tensor(self.number[scan.subject]))
         if self.surroundings:
-            sample |= self.around(scan, sample["start"].numpy(), np.random.default_rng((self.seed, 4, step, place)))
+            generator = np.random.default_rng((self.seed, 4, step, place))
+            sample |= self.around(scan, sample["start"].numpy(), generator)
         return sample
 
     def around(self, scan, start, generator):
-        """Four crops that tile a region around the crop at `start`: anywhere within the scan that holds it, or
-        centred on a scan that is smaller; along z as the crop."""
+        """Four crops that tile a region around the crop at `start`: anywhere within the scan that holds it,
+        or centred on a scan that is smaller; along z as the crop."""
         crop, shape = np.array(self.cfg.crop), np.array(scan.shape)
         size = crop * (2, 2, 1)
         low, high = np.maximum(start + crop - size, 0), np.minimum(start, shape - size)
-        low = np.where(shape < size, -((size - shape) // 2), generator.integers(low, np.maximum(high, low) + 1))
-        low = np.where(size == crop, start, low)
+        drawn = generator.integers(low, np.maximum(high, low) + 1)
+        low = np.where(size == crop, start, np.where(shape < size, -((size - shape) // 2), drawn))
         bases = rearrange(scan.cut(low, low + size), "c (i x) (j y) z -> (i j) c x y z", i=2, j=2)
         corners = np.array([(i, j, 0) for i in (0, 1) for j in (0, 1)]) * crop
         return dict(bases=torch.from_numpy(bases.copy()), bases_start=torch.from_numpy(low + corners))
@@ -81,7 +83,8 @@ def on_device(batch, cfg, device):
 
 
 def load(argv):
-    """The config, named <name>-<method> unless --name is given, so that no method goes on with another's run."""
+    """The config, named <name>-<method> unless --name is given, so that no method goes on with another's
+    run."""
     cfg = configs.load(Config, argv)
     if cfg.method not in METHODS:
         raise SystemExit(f"method = {cfg.method!r}, expected one of {', '.join(METHODS)}")
@@ -96,7 +99,8 @@ def check(cfg, ranks):
     run.refuse([
         (cfg.slab == cfg.crop, f"slab = {cfg.slab}, crop = {cfg.crop}: a rival sees one crop of a scan, give "
          f"--slab={','.join(map(str, cfg.crop))}"),
-        (ranks == 1 and cfg.accumulate == 1, "rivals train in one process and pass: the batch is their contrast"),
+        (ranks == 1 and cfg.accumulate == 1,
+         "rivals train in one process, a step in one pass: methods contrast the samples of a batch"),
         (not cfg.init, "init: rivals start from random weights"),
     ])
 
@@ -130,22 +134,24 @@ def restore(state, network, optimizer):
 def save(folder, network, optimizer, plan, step, origin):
     """encoder.pt, as of stage 1, and last.pt."""
     pretrain.save_encoder(folder / "encoder.pt", network, plan, step, origin)
-    run.save(folder / "last.pt", dict(format="s2dc/rival", network=network.state_dict(), step=step,
-                                      optimizer=optimizer.state_dict(), config=dataclasses.asdict(plan)), keep=True)
+    state = dict(format="s2dc/rival", network=network.state_dict(), optimizer=optimizer.state_dict())
+    run.save(folder / "last.pt", state | dict(step=step, config=dataclasses.asdict(plan)), keep=True)
 
 
 def report(line):
-    measures = "  ".join(f"{name} {value:.4f}" for name, value in line.items()
-                         if name not in ("step", "lr", "samples_per_s", "waiting", "memory_gb"))
-    return (f"step {line['step']:6d}  {measures}  lr {line['lr']:.2e}  {line['samples_per_s']:.2f} samples/s  "
-            f"waiting {line['waiting']:.0%}  {line['memory_gb']:.2f} GB")
+    tail = "lr", "samples_per_s", "waiting", "memory_gb"
+    measures = "  ".join(f"{name} {value:.4f}" for name, value in line.items() if name not in ("step", *tail))
+    lr, pace, waiting, memory = (line[name] for name in tail)
+    return (f"step {line['step']:6d}  {measures}  lr {lr:.2e}  {pace:.2f} samples/s  waiting {waiting:.0%}  "
+            f"{memory:.2f} GB")
 
 
-def open_run(cfg, plan, device, scans, state):
+def open_run(cfg, plan, scans, device, state):
     """(network, optimizer, iterator of batches) at the step that `state` is of."""
     network, optimizer = build(plan, device)
     if state is not None:
         restore(state, network, optimizer)
+        print(f"resumed at step {state['step']}")
     grid = tuple(s // cfg.token_patch for s in cfg.crop)
     samples = Samples(scans, plan, getattr(network, "surroundings", False))
     batches = run.batches(samples, plan, 0, 1, state["step"] if state else 0,
@@ -156,7 +162,8 @@ def open_run(cfg, plan, device, scans, state):
 def main(argv):
     cfg = load(argv)
     check(cfg, run.processes()[1])
-    plan, folder, method = planned(cfg, METHODS[cfg.method]), Path(cfg.runs) / cfg.name, METHODS[cfg.method]
+    method, folder = METHODS[cfg.method], Path(cfg.runs) / cfg.name
+    plan = planned(cfg, method)
     state = run.resume(folder, plan, pretrain.FREE, print)
     first = state["step"] if state else 0
     if first >= plan.steps:
@@ -164,13 +171,20 @@ def main(argv):
         return
     print(configs.differing(cfg))
     scans, device = pretrain.open_scans(cfg, 1, 0, folder, first, print)
-    network, optimizer, batches = open_run(cfg, plan, device, scans, state)
-    bf16 = cfg.bf16 and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    network, optimizer, batches = open_run(cfg, plan, scans, device, state)
     origin = run.versions() | dict(passes=method.passes, steps_of_s2dc=cfg.steps, steps=plan.steps)
-    print(f"{cfg.method}: {method.passes[0]} encoder passes with and {method.passes[1]} without gradient a sample: "
-          f"steps {first} to {plan.steps} cost what {cfg.steps} of S2DC do; {origin['device']}, {len(scans)} scans")
+    print("{} encoder passes with, {} without gradient a sample: ".format(*method.passes)
+          + f"steps {first} to {plan.steps} cost what {cfg.steps} of S2DC do")
+    print(f"{origin['device']}, {len(scans)} scans")
     lock = run.start_log(folder, cfg, first, origin)
+    train(cfg, plan, folder, first, network, optimizer, batches, device, origin)
+    del lock            # another process may train under this name now
 
+
+def train(cfg, plan, folder, first, network, optimizer, batches, device, origin):
+    """Steps `first` to plan.steps."""
+    bf16 = cfg.bf16 and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    learned = [p for p in network.parameters() if p.requires_grad]
     sums, waited, counted = {}, 0.0, 0
     began = tick = time.time()
     for step in range(first, plan.steps):
@@ -184,7 +198,7 @@ def main(argv):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss, measures = network(on_device(batch, cfg, device), generator)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_([p for p in network.parameters() if p.requires_grad], cfg.clip)
+        norm = nn.utils.clip_grad_norm_(learned, cfg.clip)
         terms = {"loss": loss} | measures | {"grad_norm": norm}
         if not torch.isfinite(norm + loss):             # nothing of this step reaches the weights or the disk
             values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
@@ -195,10 +209,11 @@ def main(argv):
             network.after_step(step, plan.steps)
         sums = {name: sums.get(name, 0) + value.detach().float() for name, value in terms.items()}
         counted, done = counted + 1, step + 1
+
         if done % cfg.log_every == 0 or done == plan.steps:
             now = time.time()
-            line = dict(step=done, **pretrain.average(sums, counted, 1), lr=run.lr_at(step, plan),
-                        samples_per_s=counted * cfg.batch / (now - tick), waiting=waited / (now - tick),
+            pace = dict(samples_per_s=counted * cfg.batch / (now - tick), waiting=waited / (now - tick))
+            line = dict(step=done, **pretrain.average(sums, counted, 1), lr=run.lr_at(step, plan), **pace,
                         memory_gb=run.memory_gb())
             print(report(line) + f"  {run.clock((now - began) / (done - first) * (plan.steps - done))} left")
             run.write_log(folder, line)
@@ -208,7 +223,6 @@ def main(argv):
         if done % cfg.save_every == 0 or done == plan.steps:
             save(folder, network, optimizer, plan, done, origin)
     print(f"{plan.steps} steps in {run.clock(time.time() - began)}; encoder: {folder}/encoder.pt")
-    del lock            # another process may train under this name now
 
 
 if __name__ == "__main__":
