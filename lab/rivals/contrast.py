@@ -81,8 +81,8 @@ class MoCoV3(nn.Module):
     Algorithm 1: ctr(q1, k2) + ctr(q2, k1), each InfoNCE times 2 tau, tau = 0.2 (code); q =
     predictor(projector(encoder)), k the same without predictor, its weights an average of the former's:
     momentum 0.99, to 1 by half a cosine (code). Ours: keys of both views are negatives, 2 b - 2 (paper: b - 1
-    of 4095); `Head` for a projector of three layers, a linear map for a predictor of two; the patch embedding
-    is trained, which the paper freezes for stability.
+    of 4095); `Head` for a projector of three layers, a linear map, at first the identity, for a predictor of
+    two; the patch embedding is trained, which the paper freezes for stability.
     """
     passes = 2, 2
     temperature, momentum = 0.2, 0.99
@@ -92,6 +92,7 @@ class MoCoV3(nn.Module):
         self.encoder = Swin3D(cfg.in_channels, **tasks.swin(cfg))
         self.projector = Head(16 * cfg.feature_size, cfg)
         self.predictor = nn.Linear(cfg.embedding, cfg.embedding, bias=False)
+        nn.init.eye_(self.predictor.weight)
         self.slow = copy.deepcopy(nn.ModuleList([self.encoder, self.projector])).requires_grad_(False)
 
     def forward(self, batch, generator):
