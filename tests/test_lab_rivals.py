@@ -46,7 +46,7 @@ def config(place=Path("."), **keys):
 
 @pytest.fixture(scope="module")
 def batch(place):
-    """A batch as a method sees it, with the crops around, and its config."""
+    """A batch as a method sees it, with what is around, and its config."""
     cfg = config(place)
     samples = rivals.Samples(data.open_scans(cfg, say=lambda _: None), cfg, surroundings=True)
     grid = tuple(s // cfg.token_patch for s in cfg.crop)
@@ -149,39 +149,31 @@ def test_a_loss_that_is_not_finite_ends_the_run(place, monkeypatch):
     assert not (place / "runs/nan/last.pt").exists()
 
 
-def test_the_crops_around_tile_a_region_that_holds_the_crop(batch):
+def test_what_is_around_holds_the_crop(batch):
     found, cfg, samples = batch
-    assert found["bases"].shape == (2, 4, 1, 64, 64, 64)
+    assert found["around"].shape == (2, 1, 96, 96, 96) and found["around"].dtype == torch.float32
     number = {scan.id: scan for scan in samples.scans}
     for n in range(2):
-        scan, start = number[found["id"][n]], found["start"][n]
+        scan, start, corner = number[found["id"][n]], found["start"][n], found["around_start"][n]
         assert found["shape"][n].tolist() == list(scan.shape) and samples.number[scan.subject] == found["subjects"][n]
-        corners = found["bases_start"][n]
-        assert (corners - corners[0]).tolist() == [[0, 0, 0], [0, 64, 0], [64, 0, 0], [64, 64, 0]]
-        share = 0
-        for k in range(4):                                          # what a base shares with V is there in both
-            low, high = torch.maximum(corners[k], start), torch.minimum(corners[k], start) + 64
-            share += (high - low).clamp(min=0).prod().item() / 64 ** 3
-            mine, base = (tuple(slice(a, b) for a, b in zip(low - at, high - at)) for at in (start, corners[k]))
-            assert torch.equal(found["V"][n, 0][mine], found["bases"][n, k, 0][base])
-        assert share == 1
+        i, j, k = (slice(a, a + 64) for a in (start - corner).tolist())
+        assert torch.equal(found["around"][n, :, i, j, k], found["V"][n])
     with pytest.MonkeyPatch.context() as patch:                     # drawn by seed, step and place
-        patch.setattr(samples, "around", lambda scan, start, generator: {"bases": generator.integers(10 ** 9)})
-        draws = [samples[step, k]["bases"] for step, k in ((3, 0), (3, 0), (3, 1), (4, 0))]
+        patch.setattr(samples, "around", lambda scan, start, generator: {"around": generator.integers(10 ** 9)})
+        draws = [samples[step, k]["around"] for step, k in ((3, 0), (3, 0), (3, 1), (4, 0))]
     assert draws[0] == draws[1] and len(set(draws)) == 3
 
 
 def test_the_region_around_lies_in_the_scan_where_it_can(batch):
     _, cfg, samples = batch
-    shape = (300, 130, 90)
+    shape, corners = (300, 96, 70), []
     scan = type("Scan", (), dict(shape=shape, cut=lambda self, low, high: np.zeros((1, *(high - low)), np.float16)))()
-    corners = []
-    for seed, start in itertools.product(range(40), (np.array([0, 0, 0]), np.array([100, 66, 26]), np.array([236, 3, 5]))):
-        corner = samples.around(scan, start, np.random.default_rng(seed))["bases_start"][0].numpy()
-        assert (corner >= 0).all() and (corner[:2] + 128 <= shape[:2]).all() and corner[2] == start[2]
-        assert (corner <= start).all() and (corner[:2] + 128 >= start[:2] + 64).all()
-        corners.append(tuple(corner))
-    assert len({corner[0] for corner in corners}) > 30              # drawn, not always the same
+    for seed, start in itertools.product(range(40), (np.array([0, 0, 0]), np.array([100, 30, 6]), np.array([236, 3, 5]))):
+        corner = samples.around(scan, start, np.random.default_rng(seed))["around_start"].numpy()
+        assert corner[1] == 0 and corner[2] == -13 and 0 <= corner[0] <= 300 - 96
+        assert (corner <= start).all() and (corner + 96 >= start + 64).all()
+        corners.append(corner[0])
+    assert len(set(corners) & set(range(68, 101))) > 15             # drawn, not always the same
 
 
 @pytest.mark.parametrize("method", list(rivals.METHODS))

@@ -11,8 +11,8 @@ has one. All its draws come from the generator, which is seeded by the run's see
     pairs                   (m, 3) rows (b, i, j): true matches V <-> V_ among the body's tokens (token_patch)
     valid, valid_           (b, t) bool, the tokens of V and V_ that show the body
     start, shape, subjects  (b, 3) first voxel of V in its scan; (b, 3) size of the scan; (b,) whose scan
-    bases, bases_start      with `surroundings = True` only: (b, 4, c, x, y, z) four crops, 2 x 2 along x y,
-                            that tile a region around V; (b, 4, 3) their first voxels in the scan
+    around, around_start    with `surroundings = True` only: (b, c, 3x/2, 3y/2, 3z/2) a larger part of the scan,
+                            which holds V; (b, 3) its first voxel in the scan
 
 Budget: a pass with gradient counts 3, one without 1. S2DC's step at one crop a slab counts 5 a sample (V; V'
 and twin without gradient), so `steps` and `warmup`, which are S2DC's, are multiplied by 5 over the method's
@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import nn
 
 import configs
@@ -62,16 +61,14 @@ class Samples(data.Slabs):
         return sample
 
     def around(self, scan, start, generator):
-        """Four crops that tile a region around the crop at `start`: anywhere within the scan that holds it,
-        or centred on a scan that is smaller; along z as the crop."""
+        """Half as long again as the crop at `start`, which it holds: any place within the scan, or centred on
+        a scan that is smaller."""
         crop, shape = np.array(self.cfg.crop), np.array(scan.shape)
-        size = crop * (2, 2, 1)
+        size = crop + crop // 2
         low, high = np.maximum(start + crop - size, 0), np.minimum(start, shape - size)
         drawn = generator.integers(low, np.maximum(high, low) + 1)
-        low = np.where(size == crop, start, np.where(shape < size, -((size - shape) // 2), drawn))
-        bases = rearrange(scan.cut(low, low + size), "c (i x) (j y) z -> (i j) c x y z", i=2, j=2)
-        corners = np.array([(i, j, 0) for i in (0, 1) for j in (0, 1)]) * crop
-        return dict(bases=torch.from_numpy(bases.copy()), bases_start=torch.from_numpy(low + corners))
+        low = np.where(shape < size, -((size - shape) // 2), drawn)
+        return dict(around=torch.from_numpy(scan.cut(low, low + size)), around_start=torch.from_numpy(low))
 
 
 def on_device(batch, cfg, device):
@@ -79,7 +76,7 @@ def on_device(batch, cfg, device):
     batch = {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
              for key, value in batch.items()}
     views = dict(zip(("V", "V_", "twin"), data.views(batch, cfg)))
-    return batch | views | ({"bases": batch["bases"].float()} if "bases" in batch else {})
+    return batch | views | {key: batch[key].float() for key in ("around",) if key in batch}
 
 
 def load(argv):
