@@ -11,8 +11,8 @@ has one. All its draws come from the generator, which is seeded by the run's see
     pairs                   (m, 3) rows (b, i, j): true matches V <-> V_ among the body's tokens (token_patch)
     valid, valid_           (b, t) bool, the tokens of V and V_ that show the body
     start, shape, subjects  (b, 3) first voxel of V in its scan; (b, 3) size of the scan; (b,) whose scan
-    around, around_start    with `surroundings = True` only: (b, c, 3x/2, 3y/2, 3z/2) a larger part of the scan,
-                            which holds V; (b, 3) its first voxel in the scan
+    around, around_start    with `surroundings = True` only: (b, c, 3x/2, 3y/2, 3z/2) more of its scan;
+                            (b, 3) its first voxel in the scan
 
 Budget: a pass with gradient counts 3, one without 1. S2DC's step at one crop a slab counts 5 a sample (V; V'
 and twin without gradient), so `steps` and `warmup`, which are S2DC's, are multiplied by 5 over the method's

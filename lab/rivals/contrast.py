@@ -310,7 +310,7 @@ def siamese(p, z):
 
 
 class PCRLv2(nn.Module):
-    """A Unified Visual Information Preservation Framework (arXiv:2301.00772): restore and compare at many
+    """A Unified Visual Information Preservation Framework (arXiv:2301.00772): restore, compare, at several
     scales.
 
     Decoder without skips (nsUNet). At a scale drawn each step: siamese comparison, -cos(p, stop(z')) both
@@ -318,8 +318,9 @@ class PCRLv2(nn.Module):
     painted V_, and of each with a local view, mean of the two; that map's restoration of V, times half a
     cosine that falls to 0 (code); and the last map's. All weights 1 (code). Ours: one local view, a part of
     twin of half the edges enlarged to a crop (code: six small sub-crops, whose last map would here be one
-    token); one scale a step for all pairs, of 16, 8, 4, 2 voxels; a convolution of 1^3 restores; running
-    statistics for batch norms; no shuffled voxels.
+    token); one scale a step for all pairs, of 16, 8, 4, 2 voxels; a convolution of 1^3 restores; z is
+    standardised over all 3 b views of the step, not each b of them (a mean of earlier steps lags behind, and
+    all z of a step then point where the features drift); none in the predictor; no shuffled voxels.
     """
     passes = 3, 0
 
@@ -327,7 +328,6 @@ class PCRLv2(nn.Module):
         super().__init__()
         self.network = SwinUNETR(cfg.in_channels, cfg.in_channels, **tasks.swin(cfg))
         self.encoder, widths = self.network.encoder, [cfg.feature_size * k for k in (8, 4, 2, 1)]
-        self.standards = nn.ModuleList(pretrain.Standard(c) for c in widths)
         pairs = [(nn.Linear(c, 2 * c), nn.Linear(2 * c, c)) for c in widths]
         self.predictors = nn.ModuleList(nn.Sequential(a, nn.ReLU(), b) for a, b in pairs)
         self.restorers = nn.ModuleList(nn.Conv3d(c, cfg.in_channels, 1) for c in widths)
@@ -341,8 +341,7 @@ class PCRLv2(nn.Module):
         pyramid = decoded(self.network, [m[:b] for m in maps], skips=False)
         others = decoded(self.network, [m[b:] for m in maps], skips=False, levels=scale + 1)
         means = reduce(torch.cat([pyramid[scale], others[scale]]), "n c x y z -> n c", "mean").float()
-        z = self.standards[scale](means)
-        self.standards[scale].follow(means.detach())
+        z = F.batch_norm(means, None, None, training=True)
         p, z = (rearrange(x.float(), "(s b) c -> s b c", s=3) for x in (self.predictors[scale](z), z))
         alike = [siamese(p[u], z[v]) / 2 + siamese(p[v], z[u]) / 2 for u, v in ((0, 1), (0, 2), (1, 2))]
         size = V.shape[2:]
@@ -397,18 +396,17 @@ def misplaced(position, H, valid, patch):
 
 
 class GVSL(nn.Module):
-    """Geometric Visual Similarity Learning (arXiv:2303.00874): align two volumes by features, and restore
-    one.
+    """Geometric Visual Similarity Learning (arXiv:2303.00874): align two volumes, and restore one.
 
     Z-matching head: an affine map from the last maps of both, two convolutions and a mean; then a field of
     moves from the decoder's map of A beside that of B after the affine map. Loss: 1 - NCC of B moved onto A
     (windows of 9), mean squared difference of neighbouring moves, squared error of A restored from A painted,
     1 : 1 : 1 (code). Ours: A is V and B its moved copy V_ (paper: two patients, their hearts aligned
-    beforehand; our crops lie anywhere, two of them need not show the same); a free 3 x 4 matrix for angles,
-    zooms and shears; the field has half the resolution, is drawn from a start without a move and applied with
-    the affine map in one interpolation. Measured: `misplaced`, of which 1 is nothing learned.
+    beforehand; our crops lie anywhere, two of them need not show the same); a 3 x 4 matrix within 0.5 of the
+    identity for angles, zooms and shears; both heads start without a move; the field has half the resolution
+    and is applied with the affine map in one interpolation. Measured: `misplaced`, 1 is nothing learned.
     """
-    passes = 2, 0
+    passes, reach = (2, 0), 0.5
 
     def __init__(self, cfg):
         super().__init__()
@@ -432,7 +430,8 @@ class GVSL(nn.Module):
         map_B = decoded(self.network, [m[b:] for m in maps], levels=4)[-1].float()
         last = rearrange(maps[-1], "(s b) c i j k -> b (s c) i j k", s=2)
         matrix = self.affine(reduce(self.whole(last), "b c i j k -> b c", "mean")).float()
-        matrix = rearrange(matrix, "b (k l) -> b k l", k=3) + torch.eye(3, 4, device=A.device)
+        matrix = self.reach * rearrange(matrix, "b (k l) -> b k l", k=3).tanh()
+        matrix = matrix + torch.eye(3, 4, device=A.device)
         grid = F.affine_grid(matrix, map_B.shape, align_corners=False)
         moved = F.grid_sample(map_B, grid, align_corners=False)
         field = self.field(torch.cat([moved, map_A], dim=1)).float()
