@@ -459,6 +459,28 @@ def test_pcrlv2_compares_by_stopped_gradients_and_lets_go_of_the_middle(batch):
     assert weights == pytest.approx([(1 + math.cos(math.pi * n / 10)) / 4 for n in range(11)], abs=1e-6)
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_pcrlv2_loss_in_parts(batch, seed):
+    found, cfg, _ = batch
+    torch.manual_seed(0)
+    network, draws = contrast.PCRLv2(cfg), dice(seed)
+    with torch.no_grad():
+        loss, measures = network(found, dice(seed))
+        views = [contrast.painted(found[name], draws)[0] for name in ("V", "V_")] + [contrast.enlarged(found["twin"], draws)]
+        scale = torch.randint(4, (), generator=draws).item()
+        pyramids = [contrast.decoded(network.network, network.encoder(view), skips=False) for view in views]
+        means = torch.cat([pyramid[scale].mean(dim=(2, 3, 4)) for pyramid in pyramids])
+        z = (means - means.mean(dim=0)) / (means.var(dim=0, unbiased=False) + 1e-5).sqrt()
+        p = network.predictors[scale](z)
+        cos = [[F.cosine_similarity(p[2 * u:2 * u + 2], z[2 * v:2 * v + 2]).mean().item() for v in range(3)] for u in range(3)]
+        both = [(cos[u][v] + cos[v][u]) / 2 for u, v in ((0, 1), (0, 2), (1, 2))]
+        size = tuple(found["V"].shape[2:])
+        rough = F.interpolate(network.restorers[scale](pyramids[0][scale]), size=size, mode="trilinear")
+        errors = [((x - found["V"]) ** 2).mean().item() for x in (network.network.out(pyramids[0][-1]), rough)]
+    assert loss.item() == pytest.approx(errors[0] + errors[1] / 2 - both[0] - (both[1] + both[2]) / 2, rel=1e-3)
+    assert measures["alike"].item() == pytest.approx(both[0], abs=1e-3)
+
+
 # ---------------------------------------------------------------------------------------------------------------------- GVSL
 
 def test_local_ncc_in_loops():
