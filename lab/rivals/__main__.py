@@ -33,7 +33,7 @@ import pretrain
 import run
 from lab.rivals import contrast
 
-METHODS = contrast.METHODS
+METHODS = contrast.METHODS      # of every family
 S2DC = 3 * 1 + 2        # what a step of S2DC counts per sample
 
 
