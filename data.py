@@ -249,7 +249,8 @@ def ruled(case, cfg):
     known = ("intensity", "window", "zscore_over", "foreground", "crop_foreground", "spacing")
     strange = [key for keys in cfg.rules.values() for key in keys if key not in known]
     if len(own) != 1 or strange:
-        found = f"the key {strange[0]!r}" if strange else f"{len(own)} patterns that fit the id {case['id']!r}"
+        found = f"{len(own)} patterns that fit the id {case['id']!r}"
+        found = f"the key {strange[0]!r}" if strange else found
         raise SystemExit(f"rules: found {found}; expected one pattern for every id, with keys among "
                          f"{', '.join(known)}")
     return dataclasses.replace(cfg, **own[0])
@@ -498,7 +499,8 @@ def fill_cache(cases, cfg, say=print):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SystemExit(f"{folder}: cannot be made ({volumes.one_line(error)}); give another --cache") from None
+            said = volumes.one_line(error)
+            raise SystemExit(f"{folder}: cannot be made ({said}); give another --cache") from None
         for left in folder.glob("*.tmp"):                           # of a killed run; a live one is younger
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - left.stat().st_mtime > 3600:
@@ -591,8 +593,9 @@ class Scan:
         try:
             return np.load(f"{self.stem}.{key}.npy", **how)
         except (OSError, ValueError) as error:
+            said = volumes.one_line(error)
             raise VolumeError(f"{self.stem}.{key}.npy: the cache was deleted or damaged; start again and it "
-                              f"is made anew (remove what is left of the file; {volumes.one_line(error)})") from None
+                              f"is made anew (remove what is left of the file; {said})") from None
 
     def positions(self):
         """(m, 4) int32 rows (class, x, y, z) of `labelled_positions`."""

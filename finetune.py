@@ -86,7 +86,7 @@ def check(cfg, ranks):
 
 
 def start_from(network, cfg, parts, say):
-    """Load cfg.init; say which of the cases that are scored it has seen, and how its preprocessing differs."""
+    """Load cfg.init; say which cases of val and test it has seen, and how its preprocessing differs."""
     try:
         load_weights(network, cfg.init, cfg.downsample)
         stored = read_file(cfg.init)
@@ -97,7 +97,8 @@ def start_from(network, cfg, parts, say):
         files = [case["images"] + case["targets"] for case in parts[part]]
         known = sum(any(data.known_as(file, cfg) in seen for file in each) for each in files)
         if known:
-            say(f"{cfg.init} was pre-trained on {known} of the {len(files)} {part} cases, without their labels")
+            say(f"{cfg.init} was pre-trained on {known} of the {len(files)} {part} cases, without their "
+                "labels")
     if not isinstance(then, dict):
         say(f"{cfg.init} does not say under which preprocessing it was trained")
         return

@@ -44,9 +44,9 @@ def instance_norm(x):
 
 
 def convolve(conv, x):
-    """conv(x) for a 3x3x3 convolution of (b, c, x, y, z) that pads by one voxel. On a CPU as oneDNN is fastest:
-    channels last, and one small volume as two halves of a batch, which torch would else compute without it.
-    """
+    """conv(x) for a 3x3x3 convolution of (b, c, x, y, z) that pads by one voxel. On a CPU as oneDNN is
+    fastest: channels last, and one small volume as a batch of two halves, which torch else computes without
+    it."""
     if x.device.type != "cpu" or x.dtype == torch.float64:
         return conv(x)
     nx = x.shape[2]

@@ -353,7 +353,7 @@ def save_state(path, student, teacher, optimizer, queue, cfg, step):
 
 
 def save_encoder(path, student, cfg, step, origin, seen):
-    """encoder.pt: what stage 2 reads. seen: data.known_as of the scans, so that it can tell what it scores."""
+    """encoder.pt: what stage 2 reads. seen: data.known_as of the scans, for it to know whom it scores."""
     run.save(path, dict(format="s2dc/encoder", encoder=student.encoder.state_dict(),
                         arguments=student.encoder.arguments, preprocessing=data.preprocessing(cfg), step=step,
                         name=cfg.name, commit=origin["commit"], torch=origin["torch"], seen=seen), keep=True)

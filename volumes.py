@@ -164,7 +164,7 @@ def _sitk(path):
 
 
 def _check_room(reader, files):
-    """RuntimeError where an image cannot lie in its files (.mhd: one beside it), before room is made for it."""
+    """RuntimeError where an image cannot lie in its files (.mhd: one beside), before room is made for it."""
     voxels, there = math.prod(reader.GetSize()), sum(Path(file).stat().st_size for file in files)
     if voxels > 1032 * there:                                       # as of NIfTI above
         raise RuntimeError(f"the header claims {voxels} voxels, the file holds {there} bytes")

@@ -79,7 +79,7 @@ def read(file):
 def declared():
     """The keys of every script's Config, read off the sources: no script imports another for them."""
     root = pathlib.Path(__file__).resolve().parents[1]
-    trees = [ast.parse(path.read_text()) for path in [*root.glob("*.py"), *root.glob("lab/*.py")]]
+    trees = [ast.parse(path.read_text()) for path in [*root.glob("*.py"), *root.glob("lab/**/*.py")]]
     bodies = [node.body for tree in trees for node in tree.body if getattr(node, "name", "") == "Config"]
     return {line.target.id for body in bodies for line in body if isinstance(line, ast.AnnAssign)}
 

@@ -31,7 +31,7 @@ class Config:
     data: str = "data"
     cache: str = "cache"
     workers: int = 1                # of each process
-    # {row: keys of pretrain.py; None: random weights; {"init": file}: an encoder there is, {seed} in its name}
+    # {row: keys of pretrain.py; None: random weights; {"init": file}: an encoder there is, of each {seed}}
     rows: dict = dataclasses.field(default_factory=dict)
     seeds: tuple = ()               # of every row, e.g. (0, 1, 2)
     jobs: int = 1                   # processes at a time

@@ -31,7 +31,7 @@ def room(path):
 
 
 PRODUCT = [*sources("*.py"), ROOT / "configs/__init__.py"]
-LAB = sources("lab/*.py")
+LAB = sources("lab/*.py", "lab/*/*.py")
 
 
 def imported(tree):
