@@ -82,7 +82,15 @@ def check(cfg, ranks):
         (cfg.eval_every > 0, "eval_every must be above 0"),
         (cfg.balance == 0 or (cfg.task == "segmentation" and not cfg.regions),
          "balance acts on segmentation of `labels` alone"),
+        (cfg.network in ("swin_unetr", "unetr"),
+         f"network = {cfg.network!r}, expected 'swin_unetr' or 'unetr'"),
+        (cfg.network != "unetr" or cfg.task != "classification", "a UNETR classifies nothing"),
     ])
+    try:
+        with torch.device("meta"):                                  # that shape, but without any numbers
+            tasks.TASKS[cfg.task].network(cfg)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
 def start_from(network, cfg, parts, say):

@@ -1,15 +1,14 @@
-"""The networks of S2DC: a Swin transformer for volumes, its U-shaped decoder, a classifier, a projector; and
-their weights.
+"""The networks of S2DC, a Swin transformer with its decoder, a classifier, a projector; UNETR; their weights.
 
 Swin transformer: arXiv:2103.14030. SwinUNETR: arXiv:2201.01266. SwinUNETR-v2 (`v2`): MICCAI 2023, a residual
-convolution block at the head of each stage. S2DC: arXiv:2507.02581. Holding the same weights, `Swin3D` and
-`SwinUNETR` compute what MONAI 1.6's SwinUNETR computes, its habits included:
-- A map that is smaller than the window along an axis is one window along it, and is not shifted along it. The
-  position bias of such a window of n tokens is the one that the first n tokens of the full window have, not
-  the one of the same offsets.
+convolution block at the head of each stage. UNETR: arXiv:2103.10504. S2DC: arXiv:2507.02581. Holding the same
+weights, `Swin3D`, `SwinUNETR` and `UNETR` compute what MONAI 1.6 computes, its habits included:
+- A map smaller than the window along an axis is one window along it, and not shifted along it. The position
+  bias of its n tokens is the one of the first n tokens of the full window, not the one of the same offsets.
 - Zeros that complete the last window are put behind the norm, and the tokens of the volume do attend to them.
 Axes: b batch, c channel, x y z voxels or tokens, h heads, n tokens of one window, d channels of one head.
 """
+import functools
 import math
 import re
 import zipfile
@@ -22,14 +21,13 @@ from einops import rearrange, reduce, repeat
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# Neighbours (x y z offsets) that patch merging puts side by side, as 4x + 2y + z.
-# MONAI's "merging" since January 2025; its "mergingv2" counts 0..7, as ours does
-MERGING = (0, 4, 2, 1, 6, 5, 3, 7)
+# Neighbours (x y z offsets) that patch merging puts side by side, as 4x + 2y + z; ours counts 0..7.
+MERGING = (0, 4, 2, 1, 6, 5, 3, 7)       # MONAI's "merging" since January 2025; its "mergingv2" is ours
 LEGACY = (0, 4, 2, 1, 5, 2, 1, 7)        # MONAI's "merging" before: 010 and 001 twice, 110 and 011 never
 
+double = functools.partial(nn.ConvTranspose3d, kernel_size=2, stride=2, bias=False)
 for operation in (rearrange, reduce):
-    # else torch.compile spends most of its time on tracing einops' own Python
-    torch.compiler.allow_in_graph(operation)
+    torch.compiler.allow_in_graph(operation)    # else torch.compile is busy tracing einops' own Python
 
 # ----------------------------------------------------------------------------------------------------- layers
 
@@ -44,9 +42,8 @@ def instance_norm(x):
 
 
 def convolve(conv, x):
-    """conv(x) for a 3x3x3 convolution of (b, c, x, y, z) that pads by one voxel. On a CPU as oneDNN is
-    fastest: channels last, and one small volume as a batch of two halves, which torch else computes without
-    it."""
+    """conv(x) for a 3x3x3 convolution of (b, c, x, y, z) that pads by one voxel. On a CPU as oneDNN is fast:
+    channels last, and one small volume as two halves of a batch, which torch would else do without it."""
     if x.device.type != "cpu" or x.dtype == torch.float64:
         return conv(x)
     nx = x.shape[2]
@@ -71,8 +68,7 @@ def run(module, checkpointing, *inputs):
     """module(*inputs); with checkpointing its activations are computed again in the backward pass."""
     if not checkpointing:
         return module(*inputs)
-    # nothing here draws numbers
-    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)   # none draws numbers
 
 
 def attend(qkv, bias, cuts, shut=None, axis=0):
@@ -82,16 +78,14 @@ def attend(qkv, bias, cuts, shut=None, axis=0):
     cuts: for x, y, z None, or (n, n) bool: the pairs that are neighbours only because the volume was rolled
     along that axis. They meet in the last window of the axis alone. So there are at most eight kinds of
     window, each with one bias for all its windows, and a mask of (windows, n, n), larger than all
-    activations, is never held.
-    """
+    activations, is never held."""
     if axis == 3:
         grid = dict(zip(("b", "x", "y", "z"), qkv.shape[1:]))
         if shut is not None:
             bias = bias - 100.0 * shut                     # as MONAI: shut out by a factor exp(-100)
         q, k, v = rearrange(qkv, "s b x y z h n d -> s (b x y z) h n d")
         if q.device.type == "cpu" and torch.is_grad_enabled():
-            # With a bias that wants a gradient torch has no fused kernel here, and its own slow way guards
-            # against rows that are shut out wholly, which ours never are: the same in fewer passes.
+            # No fused kernel takes a bias that wants a gradient; torch's slow way takes more passes.
             x = (q * q.shape[-1] ** -0.5 @ k.mT + bias.to(q.dtype)).softmax(-1) @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
@@ -112,15 +106,13 @@ class Block(nn.Module):
         self.heads, self.window, self.shift = heads, window, window // 2 if shifted else 0
         self.norm1 = LayerNorm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
-        # position bias by offset x y z and head
-        self.table = nn.Parameter(torch.empty((2 * window - 1) ** 3, heads))
+        self.table = nn.Parameter(torch.empty((2 * window - 1) ** 3, heads))    # by offset x y z and head
         self.project = nn.Linear(channels, channels)
         self.norm2 = LayerNorm(channels)
         self.expand = nn.Linear(channels, 4 * channels)
         self.contract = nn.Linear(4 * channels, channels)
         nn.init.trunc_normal_(self.table, std=0.02)
-        # Both follow from the window alone: made once, here, for every size of volume, and no part of the
-        # weights.
+        # Both follow from the window alone: made once, for every size of volume, and no part of the weights.
         self.register_buffer("offsets", offsets(window), persistent=False)
         self.register_buffer("cuts", rolled_apart(window, self.shift) if shifted else None, persistent=False)
 
@@ -150,24 +142,21 @@ class Block(nn.Module):
 
 
 def offsets(window):
-    """(n, n) int64: for tokens i, j of a full window the row of the position table, by their offset along x,
-    y, z."""
+    """(n, n) int64: for tokens i, j of a full window the row of the position table, by their offset."""
     at = torch.cartesian_prod(*[torch.arange(window)] * 3)                       # (n, 3)
     x, y, z = rearrange(at[:, None] - at + window - 1, "n m a -> a n m")
     return (x * (2 * window - 1) + y) * (2 * window - 1) + z
 
 
 def rolled_apart(window, shift):
-    """(3, x, y, z, x, y, z) bool: whether, in the last window of axis a, two tokens come from opposite ends
-    of the volume."""
+    """(3, x, y, z, x, y, z) bool: whether two tokens of the last window come from opposite ends of axis a."""
     side = torch.arange(window) >= window - shift
     sides = torch.stack(torch.meshgrid(side, side, side, indexing="ij"))         # (3, x, y, z)
     return rearrange(sides, "a x y z -> a x y z 1 1 1") != rearrange(sides, "a x y z -> a 1 1 1 x y z")
 
 
 class Merge(nn.Module):
-    """Patch merging: 2 x 2 x 2 tokens become one of twice the channels, (b, x, y, z, c) -> (b, x/2, y/2, z/2,
-    2 c)."""
+    """Patch merging: 2 x 2 x 2 tokens become one, (b, x, y, z, c) -> (b, x/2, y/2, z/2, 2 c)."""
 
     def __init__(self, channels, merge):
         super().__init__()
@@ -180,6 +169,22 @@ class Merge(nn.Module):
         if self.legacy:
             x = torch.cat([x.chunk(8, dim=-1)[n] for n in LEGACY], dim=-1)
         return self.reduce(self.norm(x))
+
+
+class Global(nn.Module):
+    """Attention among all tokens and an MLP, each behind a norm: (b, t, c)."""
+
+    def __init__(self, channels, heads, hidden):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = LayerNorm(channels), LayerNorm(channels)
+        self.qkv, self.project = nn.Linear(channels, 3 * channels, bias=False), nn.Linear(channels, channels)
+        self.expand, self.contract = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
+
+    def forward(self, x):
+        q, k, v = rearrange(self.qkv(self.norm1(x)), "b t (s h d) -> s b h t d", s=3, h=self.heads)
+        x = x + self.project(rearrange(F.scaled_dot_product_attention(q, k, v), "b h t d -> b t (h d)"))
+        return x + self.contract(F.gelu(self.expand(self.norm2(x))))
 
 
 class ResidualConv(nn.Module):
@@ -216,12 +221,11 @@ class Stage(nn.Module):
 
 
 class Up(nn.Module):
-    """One step of the decoder: x (b, c, x/2, y/2, z/2) and skip (b, c_out, x, y, z) -> (b, c_out, x, y,
-    z)."""
+    """One step of the decoder: (b, c, x/2, y/2, z/2) and skip (b, c_out, x, y, z) -> (b, c_out, x, y, z)."""
 
     def __init__(self, channels, channels_out):
         super().__init__()
-        self.up = nn.ConvTranspose3d(channels, channels_out, 2, stride=2, bias=False)
+        self.up = double(channels, channels_out)
         self.mix = ResidualConv(2 * channels_out, channels_out)
 
     def forward(self, x, skip):
@@ -236,18 +240,16 @@ def pad(x, multiples, first):
     return F.pad(x, [0, 0] * (x.ndim - first - 3) + [0, z_end, 0, y_end, 0, x_end])
 
 
-def check_volume(volume, channels):
-    if volume.ndim != 5 or volume.shape[1] != channels or 0 in volume.shape:
-        raise ValueError(f"volume: expected (b, {channels}, x, y, z) with no empty axis, "
-                         f"found {tuple(volume.shape)}")
+def check_volume(volume, channels, size=()):
+    found = tuple(volume.shape)
+    if len(found) != 5 or found[1] != channels or 0 in found or (size and found[2:] != size):
+        wanted = ", ".join(map(str, (channels, *(size or "xyz"))))
+        raise ValueError(f"volume: expected (b, {wanted}) with no empty axis, found {found}")
 
 
 def initialise(module):
-    """Initial weights as in Swin: linear layers and position tables normal with deviation 0.02, biases 0;
-    norms 1 and 0.
-
-    Convolutions keep torch's default, as in MONAI (which keeps it for the linear layers too).
-    """
+    """Initial weights as in Swin: linear layers and position tables normal with deviation 0.02, biases 0.
+    Convolutions keep torch's default, as in MONAI (which keeps it for the linear layers too)."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -257,8 +259,7 @@ def initialise(module):
 # --------------------------------------------------------------------------------------------------- networks
 
 class Swin3D(nn.Module):
-    """Encoder. volume (b, in_channels, x, y, z) -> list of 5 maps, (b, f, x/2, ..), (b, 2f, x/4, ..), ... (b,
-    16f, x/32, ..).
+    """Encoder. volume (b, in_channels, x, y, z) -> 5 maps, (b, f, x/2, ..), .. (b, 16f, x/32, ..).
 
     Each map is normalised over its channels (mean 0, variance 1, no parameters) and float32 even under
     autocast. Any size: zeros are put behind the end of each axis up to a multiple of 32, and map k is cropped
@@ -267,14 +268,11 @@ class Swin3D(nn.Module):
     feature_size   f, 48 in the paper;   depths, num_heads   blocks and heads of the four stages
     window_size    edge of a window, tokens;   v2   residual convolution at the head of each stage
     merge          "all": each of the 8 neighbours once (MONAI's weights pass through `from_monai`); "legacy":
-                   MONAI's before 2025, two twice and two never, under which every older public checkpoint was
-                   trained
+                   two twice and two never, as MONAI did before 2025, and every public checkpoint of that time
     checkpointing  trade time for memory: activations of a block are computed again in the backward pass
     arguments      (attribute) the constructor's arguments, so that a checkpoint can state them
-    torch.compile makes one graph of it; with dynamic=False a new size takes seconds, as a symbolic size
-    minutes. Raises ValueError for arguments that do not fit each other and for a volume of another rank or
-    channel count.
-    """
+    torch.compile makes one graph of it, with dynamic=False in seconds (a symbolic size: minutes). Raises
+    ValueError for arguments that do not fit each other, and for a volume of another rank or channel count."""
 
     def __init__(self, in_channels=1, feature_size=48, depths=(2, 2, 2, 2), num_heads=(3, 6, 12, 24),
                  window_size=7, v2=True, merge="all", checkpointing=False):
@@ -308,12 +306,10 @@ class Swin3D(nn.Module):
 
 
 class SwinUNETR(nn.Module):
-    """Encoder and decoder. volume (b, in_channels, x, y, z) -> (b, out_channels, x, y, z), not yet squashed
-    to probabilities.
+    """Encoder and decoder. volume (b, in_channels, x, y, z) -> (b, out_channels, x, y, z), not yet squashed.
 
     `swin`: the arguments of Swin3D after in_channels. Any size as in Swin3D, except that the instance norm of
-    the last map needs two tokens: ValueError if no axis is longer than 32 voxels.
-    """
+    the last map needs two tokens: ValueError if no axis is longer than 32 voxels."""
 
     def __init__(self, in_channels, out_channels, **swin):
         super().__init__()
@@ -332,8 +328,7 @@ class SwinUNETR(nn.Module):
         check_volume(volume, self.encoder.arguments["in_channels"])
         nx, ny, nz = volume.shape[2:]
         if max(nx, ny, nz) <= 32:
-            raise ValueError("volume: expected at least one of x y z longer than 32 voxels, "
-                             f"found {nx} {ny} {nz}")
+            raise ValueError(f"volume: expected one of x y z longer than 32 voxels, found {nx} {ny} {nz}")
         volume = pad(volume, (32, 32, 32), first=2)
         maps = self.encoder(volume)
         skips = [run(conv, self.checkpointing, x) for conv, x in zip(self.skips, [volume, *maps])] + [maps[3]]
@@ -343,13 +338,55 @@ class SwinUNETR(nn.Module):
         return self.out(x)[:, :, :nx, :ny, :nz]
 
 
-class Classifier(nn.Module):
-    """Encoder, mean of the last map over x y z, MLP. volume (b, in_channels, x, y, z) -> (b, classes), not
-    yet softmax.
+class UNETR(nn.Module):
+    """ViT-B and its decoder: volume (b, in_channels, *size) -> (b, out_channels, *size), not yet squashed.
 
-    `swin`: the arguments of Swin3D after in_channels. Released code: two linear layers with nothing between;
-    here a GELU.
-    """
+    feature_size: channels of the decoder's finest map;   width, heads, hidden: of the ViT and its MLPs.
+    A place is learned for each patch of 16 voxels, so the size is fixed. Skips leave the ViT after blocks 4,
+    7 and 10, as in MONAI (paper: 3, 6, 9). Raises ValueError for arguments and volumes that do not fit."""
+
+    def __init__(self, in_channels, out_channels, size, feature_size=16, width=768, heads=12, hidden=3072,
+                 checkpointing=False):
+        super().__init__()
+        if width % heads or any(n % 16 for n in size):
+            raise ValueError(f"UNETR: expected width {width} a multiple of heads {heads}, size {size} of 16")
+        self.arguments = dict(in_channels=in_channels, out_channels=out_channels, size=tuple(size),
+                              feature_size=feature_size, width=width, heads=heads, hidden=hidden)
+        self.checkpointing = checkpointing
+        stages = [nn.Sequential(*(Global(width, heads, hidden) for _ in range(n))) for n in (4, 3, 3, 2)]
+        stages[3].append(LayerNorm(width))
+        self.encoder = nn.ModuleDict(dict(embed=nn.Conv3d(in_channels, width, 16, stride=16),
+                                          places=nn.Embedding(math.prod(size) // 16**3, width),
+                                          stages=nn.ModuleList(stages)))
+        widths = [width, 8 * feature_size, 4 * feature_size, 2 * feature_size, feature_size]
+        self.skips = nn.ModuleList([ResidualConv(in_channels, feature_size)])
+        for c, more in zip(widths[3:0:-1], (2, 1, 0)):      # of the ViT's maps, doubled 3, 2, 1 times an axis
+            lift = [(double(c, c), ResidualConv(c, c)) for _ in range(more)]
+            self.skips.append(nn.Sequential(double(width, c), *sum(lift, ())))
+        self.ups = nn.ModuleList(Up(*pair) for pair in zip(widths, widths[1:]))
+        self.out = nn.Conv3d(feature_size, out_channels, 1)
+        self.apply(initialise)
+        nn.init.trunc_normal_(self.encoder["places"].weight, std=0.02)
+
+    def forward(self, volume):
+        check_volume(volume, self.arguments["in_channels"], self.arguments["size"])
+        nx, ny, nz = (n // 16 for n in volume.shape[2:])
+        embed, places, stages = self.encoder.values()
+        x, maps = rearrange(embed(volume), "b c x y z -> b (x y z) c") + places.weight, [volume]
+        for stage in stages:
+            x = run(stage, self.checkpointing, x)
+            maps.append(rearrange(x, "b (x y z) c -> b c x y z", x=nx, y=ny, z=nz))
+        skips = [run(skip, self.checkpointing, m) for skip, m in zip(self.skips, maps)]
+        x = maps[-1]
+        for up, skip in zip(self.ups, reversed(skips)):
+            x = run(up, self.checkpointing, x, skip)
+        return self.out(x)
+
+
+class Classifier(nn.Module):
+    """Encoder, mean of its last map, MLP. volume (b, in_channels, x, y, z) -> (b, classes), not yet softmax.
+
+    `swin`: the arguments of Swin3D after in_channels. Released code: two linear layers, no GELU between."""
 
     def __init__(self, in_channels, classes, hidden=1024, **swin):
         super().__init__()
@@ -365,10 +402,7 @@ class Classifier(nn.Module):
 
 class Projector(nn.Module):
     """MLP of three layers in front of a similarity: (.., in_channels) -> (.., out_channels), not normalised.
-
-    Each vector passes alone: layer norm instead of the released code's batch norm, so that the result does
-    not depend on what else is in the batch or on how the batch is spread over processes.
-    """
+    Each vector passes alone, behind layer norms and not the released code's batch norms."""
 
     def __init__(self, in_channels, hidden=2048, out_channels=512):
         super().__init__()
@@ -385,12 +419,10 @@ class Projector(nn.Module):
 # --------------------------------------------------------------------------------------- weights, to and from
 
 class WeightsError(ValueError):
-    """A file of weights that cannot be read or does not fit the model; its text is one line that names the
-    file."""
+    """A file of weights that cannot be read or does not fit the model: one line that names the file."""
 
 
-# Ours, MONAI's. A name is rewritten by the first pair that begins it and by every pair that begins with a
-# dot.
+# Ours, MONAI's. A name is rewritten by the first pair that begins it and every pair that begins with a dot.
 NAMES = [("encoder.embed.", "swinViT.patch_embed.proj."), ("bottom.", "encoder10.layer."),
          ("out.", "out.conv.conv.")]
 NAMES += [(f"encoder.stages.{i}.local.", f"swinViT.layers{i + 1}c.0.layer.") for i in range(4)]
@@ -399,9 +431,8 @@ NAMES += [(f"skips.{i}.", f"encoder{i + 1}.layer.") for i in range(4)]
 NAMES += [(f"ups.{i}.up.", f"decoder{5 - i}.transp_conv.conv.") for i in range(5)]
 NAMES += [(f"ups.{i}.mix.", f"decoder{5 - i}.conv_block.") for i in range(5)]
 NAMES += [(".conv1.", ".conv1.conv."), (".conv2.", ".conv2.conv."), (".match.", ".conv3.conv."),
-          (".qkv.", ".attn.qkv."), (".project.", ".attn.proj."),
-          (".table", ".attn.relative_position_bias_table"),
-          (".expand.", ".mlp.linear1."), (".contract.", ".mlp.linear2."),
+          (".qkv.", ".attn.qkv."), (".project.", ".attn.proj."), (".expand.", ".mlp.linear1."),
+          (".contract.", ".mlp.linear2."), (".table", ".attn.relative_position_bias_table"),
           (".merge.norm.", ".downsample.norm."), (".merge.reduce.", ".downsample.reduction.")]
 
 
@@ -426,13 +457,11 @@ def reorder(name, tensor, downsample, back):
 
 
 def to_monai(state_dict, downsample="merging"):
-    """state_dict of a SwinUNETR, Swin3D or Classifier -> that of MONAI's SwinUNETR, of its swinViT, of its
-    swinViT.*.
+    """state_dict of a SwinUNETR, Swin3D or Classifier -> of MONAI's SwinUNETR, its swinViT, its swinViT.*.
 
     downsample: the `downsample` of MONAI's network, "merging" (since January 2025) or "mergingv2", for a
     model of merge="all"; for a model of merge="legacy" "legacy", which only MONAI before 2025 can use. The
-    head of a Classifier has no counterpart and is left out. Any other name that is not ours: ValueError.
-    """
+    head of a Classifier has no counterpart and is left out. Any other name that is not ours: ValueError."""
     bare, result = "embed.weight" in state_dict, {}
     for name, tensor in state_dict.items():
         if name.startswith("head."):
@@ -451,8 +480,7 @@ def from_monai(state_dict, downsample="merging"):
 
     downsample: as MONAI's network was built (mind its version), see `to_monai`. Raises ValueError for a name
     that is not in MONAI's network, and for a relative_position_index that counts the tokens of a window in
-    another way than MONAI 1.6.
-    """
+    another way than MONAI 1.6."""
     bare, back, result = "patch_embed.proj.weight" in state_dict, [pair[::-1] for pair in NAMES], {}
     for name, tensor in state_dict.items():
         theirs = f"swinViT.{name}" if bare else name
@@ -472,16 +500,14 @@ def window_of(table):
 
 
 # What public files call things, rewritten in this order to MONAI's names. model_swinvit.pt has no "swinViT."
-# and its own names in the MLP, ssl_pretrained_weights.pth one 0 more; SuPreM and VoCo write swin_vit. ROOTS:
-# under which of them is the encoder?
+# and its own names in the MLP, ssl_pretrained_weights.pth one 0 more; SuPreM and VoCo write swin_vit.
 WRAPPERS = r"^(module\.|_orig_mod\.)+"                     # DDP, torch.compile
 PUBLIC = [(r"^swin_vit\.", "swinViT."), (r"^(?=(patch_embed|layers\dc?)\.)", "swinViT."),
           (r"^(swinViT\.layers\dc?\.0\.)0\.", r"\1"), (r"\.mlp\.fc([12])\.", r".mlp.linear\1.")]
-ROOTS = ("backbone.", "student.", "encoder.", "")
+ROOTS = ("backbone.", "student.", "encoder.", "")          # under which of them is the encoder?
 MONAI_NAME = re.compile(r"(swinViT|encoder(1|2|3|4|10)|decoder[1-5]|out)\.")
 CONTAINERS = ("state_dict", "model", "net", "network_weights", "student")
-# tensors that see the input channels
-FIRST = ("encoder.embed.weight", "skips.0.conv1.weight", "skips.0.match.weight")
+FIRST = ("encoder.embed.weight", "skips.0.conv1.weight", "skips.0.match.weight")   # see the input channels
 # MONAI's trainer stores its best score as a numpy number, which is a value like a tensor, and no code.
 SCALAR = np.float64(0).__reduce__()[0]
 NUMBERS = [(SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"), np.dtype,
@@ -506,8 +532,7 @@ def read_file(path):
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         said = f"not a file of torch.save ({type(error).__name__})"
         if found:
-            said = (f"holds a pickled object ({found[1]}), which is never run; "
-                    "save its tensors alone in a file")
+            said = f"holds a pickled object ({found[1]}), which is never run; save its tensors in a file"
         raise WeightsError(f"{path}: {said}") from None
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
@@ -571,18 +596,17 @@ def encoder_arguments(path, state, others):
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise WeightsError(f"{path}: holds no Swin encoder of four stages; its tensors: "
                            f"{', '.join(names[:3]) or 'none'}{more}")
-    blocks = [name for name in state if name.startswith("encoder.") and name.endswith(".table")]
-    depths = Counter(name.split(".")[2] for name in blocks)
-    return dict(in_channels=embed.shape[1], feature_size=embed.shape[0],
+    depths = Counter(name.split(".")[2] for name in state if re.match(r"encoder\..*\.table$", name))
+    return dict(in_channels=embed.shape[1], feature_size=embed.shape[0], window_size=window_of(tables[0]),
                 depths=tuple(depths[str(i)] for i in range(4)),
-                num_heads=tuple(table.shape[1] for table in tables), window_size=window_of(tables[0]),
+                num_heads=tuple(table.shape[1] for table in tables),
                 v2=any(name.startswith("encoder.stages.") and ".local." in name for name in state))
 
 
 def check_arguments(path, theirs, model, stated):
     """Refuse an encoder built in another way, in one line that says all differences. stated: the file names
     its merging."""
-    keys = ("feature_size", "depths", "num_heads", "window_size", "v2", "merge")
+    keys = [key for key in model if key not in ("in_channels", "out_channels", "checkpointing")]
     theirs = {key: tuple(value) if isinstance(value, list) else value for key, value in theirs.items()}
     wrong = [key for key in keys if theirs.get(key) != model[key]]
     if wrong == ["merge"] and not stated:
@@ -591,9 +615,8 @@ def check_arguments(path, theirs, model, stated):
                            "as all public files before 2025 are: build the model with "
                            f"merge={theirs['merge']!r}, or pass downsample={other} if it was trained so")
     if wrong:
-        differ = "; ".join(f"{key} is {theirs.get(key)} in the file, {model[key]} in the model"
-                           for key in wrong)
-        raise WeightsError(f"{path}: does not fit the model: {differ}")
+        differ = [f"{key} is {theirs.get(key)} in the file, {model[key]} in the model" for key in wrong]
+        raise WeightsError(f"{path}: does not fit the model: {'; '.join(differ)}")
     if theirs["in_channels"] not in (1, model["in_channels"]):
         raise WeightsError(f"{path}: in_channels is {theirs['in_channels']} in the file, "
                            f"{model['in_channels']} in the model; only 1 can be spread over several")
@@ -605,8 +628,7 @@ def fit(path, state, own, label):
 
     Skipped: what has no place in the model, and an output layer of another number of outputs. Inflated:
     weights of one input channel to k, each 1 / k of them, so that k equal channels give what the one gave.
-    All else must fit exactly.
-    """
+    All else must fit exactly."""
     chosen, skipped, inflated = {}, {}, []
     for name, tensor in state.items():
         if name not in own and not name.startswith("encoder."):
@@ -625,8 +647,7 @@ def fit(path, state, own, label):
             raise WeightsError(f"{path}: {name} holds numbers that are not finite or not floating point")
         else:
             chosen[name] = tensor
-    # each is there as a whole or not at all
-    parts = {name.split(".")[0] for name in state if name in own} | {"encoder"}
+    parts = {name.split(".")[0] for name in state if name in own} | {"encoder"}     # each is there as a whole
     lost = [name for name in own if name not in state and name.split(".")[0] in parts]
     if lost:
         more = ", .." if len(lost) > 3 else ""
@@ -635,27 +656,29 @@ def fit(path, state, own, label):
 
 
 def load_weights(model, path, downsample="legacy"):
-    """Load a file of weights into a Swin3D, SwinUNETR or Classifier, checked before anything is changed; or
-    WeightsError.
+    """Load a file of weights into a network of this file, or WeightsError before anything of it is changed.
 
-    Reads this project's checkpoints (encoder.pt; last.pt of pre-training, of which the student; those of
-    fine-tuning) and MONAI's (model_swinvit.pt, ssl_pretrained_weights.pth, supervised ones, any state_dict),
+    Reads this project's checkpoints (encoder.pt; of pre-training's last.pt the student; those of fine-tuning,
+    the only ones for a UNETR) and MONAI's (model_swinvit.pt, ssl_pretrained_weights.pth, any state_dict),
     VoCo's and VoCo-large's, SuPreM's and the released S2DC's, told apart by their names. The latter cannot
-    say how they merge patches: `downsample` does, as in `from_monai`; "legacy", which needs a model of
-    merge="legacy", holds for every public file from before 2025.
+    say how they merge: `downsample` does, as in `from_monai`; "legacy" holds for public files before 2025.
 
     The encoder loads as a whole: no v1 file into a v2 model or the reverse (its convolutions would stay
     untrained, or be lost), no other size. Any other part of the model (skips, bottom, ups, out, head) loads
     as a whole if the file has it, and else stays as initialised. See `fit` for what is skipped or inflated.
     Returns and prints the report: file, loaded + skipped = total (tensors in the file), reasons {part of the
-    file: why skipped}, initial {part of the model: tensors left as initialised}, inflated (names).
-    """
+    file: why skipped}, initial {part of the model: tensors left as initialised}, inflated (names)."""
     content = read_file(path)
     ours, prefix = "format" in content, "encoder." if isinstance(model, Swin3D) else ""
-    encoder, label = model if isinstance(model, Swin3D) else model.encoder, type(model).__name__
+    wanted = (model if isinstance(model, (Swin3D, UNETR)) else model.encoder).arguments
+    label = type(model).__name__
     found = read_ours(path, content) if ours else read_public(path, content, downsample)
     state, arguments, others, compared = found
-    check_arguments(path, encoder_arguments(path, state, others) | arguments, encoder.arguments, stated=ours)
+    vit = ours and "width" in arguments
+    if vit != isinstance(model, UNETR):
+        raise WeightsError(f"{path}: holds {'a' if vit else 'no'} UNETR of ours, the model is a {label}")
+    theirs = arguments if vit else encoder_arguments(path, state, others) | arguments
+    check_arguments(path, theirs, wanted, stated=ours)
     own = {prefix + name: tensor for name, tensor in model.state_dict().items()}
     chosen, skipped, inflated = fit(path, state, own, label)
     model.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in chosen.items()},
@@ -670,9 +693,8 @@ def load_weights(model, path, downsample="legacy"):
                   inflated=inflated)
     reasons = "; ".join(f"{part}: {reason}" for part, reason in report["reasons"].items())
     said = f"{path}: loaded {loaded} of {report['total']}, skipped {report['skipped']}"
-    if reasons:
-        said += f" ({reasons})"
+    said += f" ({reasons})" if reasons else ""
     if inflated:
-        said += f", inflated to {encoder.arguments['in_channels']} channels {', '.join(inflated)}"
+        said += f", inflated to {wanted['in_channels']} channels {', '.join(inflated)}"
     print(said + "".join(f", left {n} of {part} as initialised" for part, n in initial.items()))
     return report

@@ -21,7 +21,7 @@ import data
 import losses
 import metrics
 import volumes
-from model import Classifier, SwinUNETR
+from model import UNETR, Classifier, SwinUNETR
 
 # -------------------------------------------------------------------------------------------------- 1. keys
 
@@ -32,7 +32,8 @@ class Config(data.Config):
     runs: str = "runs"
     seed: int = 3407                # released code
     task: str = "segmentation"      # segmentation, classification, reconstruction, translation
-    # network, as in pretrain.py
+    # network; the other keys as in pretrain.py
+    network: str = "swin_unetr"     # or "unetr", its ViT 16 x feature_size wide with num_heads[2] heads
     in_channels: int = 1
     feature_size: int = 48
     depths: tuple = (2, 2, 2, 2)
@@ -162,10 +163,8 @@ def _named(cases, which, cfg):
 
 def _share(cases, share, purpose, cfg):
     """Ids of the cases of a share of the subjects, of each class by itself, at least one subject.
-
     Seed and purpose fix an order of subjects, of which the first are taken: a smaller share lies in a larger.
-    A subject with several classes belongs to the largest number, so that nobody is divided.
-    """
+    A subject with several classes belongs to the largest number, so that nobody is divided."""
     own = {}
     for case, k in zip(cases, _classes(cases, cfg) if cfg.task == "classification" else [0] * len(cases)):
         own[case["subject"]] = max(k, own.get(case["subject"], k))
@@ -233,9 +232,7 @@ def _check_parts(parts, cfg):
         bare = [case["images"][0] for case in parts[part] if need and not case[need]]
         if bare:
             raise SystemExit(f"{bare[0]}: a {part} case without {need.rstrip('s')}")
-    pairs = [("train", "val"), ("train", "test")]
-    if cfg.test != "val":
-        pairs.append(("val", "test"))
+    pairs = [("train", "val"), ("train", "test")] + [("val", "test")] * (cfg.test != "val")
     for a, b in pairs:
         both = {case["subject"] for case in parts[a]} & {case["subject"] for case in parts[b]}
         if both:
@@ -261,9 +258,8 @@ def sliding_window(predict, volume, window, overlap, batch, blend="gaussian", de
     returns  (b, k, x, y, z), float32 or wider, where it was stored
 
     Beside the output it holds one batch of windows and its prediction. Grid and weights are those of MONAI's
-    sliding_window_inference (sigma_scale 0.125), so both agree.
-    Raises ValueError for shapes, overlap, blend or store that do not fit.
-    """
+    sliding_window_inference (sigma_scale 0.125), so both agree. Raises ValueError for shapes, overlap, blend
+    or store that do not fit."""
     window, size = three(window), volume.shape[2:]
     volume, before, starts = _grid(volume, window, three(overlap), batch, pad)
     jobs = [(i, *(slice(s, s + w) for s, w in zip(corner, window)))
@@ -364,8 +360,7 @@ def to_original(array, affine_pre, affine_orig, shape_orig, order, fill=0):
     A voxel fills half a step to each side of its centre, so that the rim of a scan that was merely resampled
     keeps its prediction; scipy and nibabel stop at the outermost centres. Beside the output it holds about
     three volumes. Raises ValueError for another order or rank, and for grids that are rotated against each
-    other (data.py makes none).
-    """
+    other (data.py makes none)."""
     array = torch.as_tensor(array)
     affine_pre, affine_orig = np.asarray(affine_pre, float), np.asarray(affine_orig, float)
     if array.ndim not in (3, 4) or order not in (0, 1):
@@ -415,8 +410,16 @@ def swin(cfg):
     return {key: getattr(cfg, key) for key in keys}
 
 
+def _dense_network(cfg, outputs):
+    if cfg.network == "unetr":      # at feature_size 48 the paper's: ViT-B, and a decoder of 16 channels
+        f = cfg.feature_size
+        return UNETR(cfg.in_channels, outputs, cfg.crop, max(1, f // 3), 16 * f, cfg.num_heads[2], 64 * f,
+                     cfg.checkpointing)
+    return SwinUNETR(cfg.in_channels, outputs, **swin(cfg))
+
+
 def _segmentation_network(cfg):
-    return SwinUNETR(cfg.in_channels, len(cfg.regions) or 1 + max(cfg.labels), **swin(cfg))
+    return _dense_network(cfg, len(cfg.regions) or 1 + max(cfg.labels))
 
 
 def _classification_network(cfg):
@@ -424,11 +427,10 @@ def _classification_network(cfg):
 
 
 def _image_network(cfg):
-    """SwinUNETR with one output per target image; with cfg.residual it starts as the identity."""
-    network = SwinUNETR(cfg.in_channels, max(1, len(data.several(cfg.target))), **swin(cfg))
-    if cfg.residual:                                                # the correction starts at none
-        torch.nn.init.zeros_(network.out.weight)
-        torch.nn.init.zeros_(network.out.bias)
+    """One output per target image; with cfg.residual it starts as the identity."""
+    network = _dense_network(cfg, max(1, len(data.several(cfg.target))))
+    for p in network.out.parameters() if cfg.residual else ():      # the correction starts at none
+        torch.nn.init.zeros_(p)
     return network
 
 
@@ -557,9 +559,8 @@ def score_classification(ready, scan, cfg, extra=()):
 def score_image(ready, scan, cfg, extra=()):
     """PSNR and NMSE of a predicted image on the preprocessed grid and in its units, and what `extra` names.
 
-    Parts: the whole volume; "pasted", the background copied from the target, as the released code scores;
-    the "tissue" alone (PSNR, NMSE); "input", left as it is. Background: the target's least value.
-    """
+    Parts: the whole volume; "pasted", the background copied from the target, as the released code scores; the
+    "tissue" alone (PSNR, NMSE); "input", left as it is. Background: the target's least value."""
     truth = torch.from_numpy(np.ascontiguousarray(scan.open("target"))).float()
     image = torch.from_numpy(np.ascontiguousarray(scan.open())).float()[:1].expand_as(truth)
     inside = above_background(truth[None], [scan.record["target_fill"]])[0]
@@ -607,8 +608,7 @@ TASKS = {
 def predict(network, scan, cfg, device):
     """Ready output of one cached scan on its preprocessed grid, (k, x, y, z), or (k,) of classes, on the CPU.
 
-    With cfg.flips the mean over the 8 mirrored copies.
-    """
+    With cfg.flips the mean over the 8 mirrored copies."""
     task, total, copies = TASKS[cfg.task], 0, [()]
     if cfg.flips:
         copies = [axes for n in range(4) for axes in itertools.combinations((2, 3, 4), n)]

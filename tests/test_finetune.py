@@ -528,3 +528,26 @@ def test_a_frozen_encoder_stays_and_the_head_learns(small, train, keys):
     torch.manual_seed(settings("demo_classification").seed)
     new = Classifier(1, 2, **NETWORK).head.state_dict()
     assert len(new) == 4 and not any(torch.equal(trained[f"head.{name}"], new[name]) for name in new)
+
+
+def test_a_unetr_trains_starts_from_its_own_and_no_other(train, small):
+    keys = dict(network="unetr", crop=(64, 64, 64))
+    _, run = train("demo_segmentation", **keys)
+    assert [line["step"] for line in log_of(run)[1:]] == [1, 2, 2]
+    first, rest = opened(run / "best.pt")["model"], dict(init="runs/run/best.pt", layer_decay=0.0)
+    _, run = train("demo_segmentation", name="again", **keys | rest)    # 0: of the whole ViT
+    again = opened(run / "last.pt")["model"]
+    stays = {name for name in first if torch.equal(first[name], again[name])}
+    assert stays == {name for name in first if name.startswith("encoder.")} and len(stays) < len(first)
+    _, run = train("demo_segmentation", name="frozen", **keys | dict(rest, layer_decay=1.0, freeze_encoder=True))
+    frozen = opened(run / "last.pt")["model"]
+    assert {name for name in first if torch.equal(first[name], frozen[name])} == stays
+    encoder_file(small.parent / "encoder.pt")
+    for more, text in ((keys | dict(init="encoder.pt"), "encoder.pt: holds no UNETR of ours, the model is a UNETR"),
+                       (dict(init="runs/run/best.pt"), "holds a UNETR of ours, the model is a SwinUNETR"),
+                       (dict(network="vit"), "network = 'vit', expected 'swin_unetr' or 'unetr'"),
+                       (keys | dict(num_heads=(1, 1, 5, 1)), "UNETR: expected width 64 a multiple of heads 5")):
+        with pytest.raises(SystemExit, match=text):
+            train("demo_segmentation", **more | dict(name="refused"))
+    with pytest.raises(SystemExit, match="a UNETR classifies nothing"):
+        train(network="unetr", name="refused")

@@ -9,7 +9,17 @@ from einops import repeat
 from torch import nn
 
 import model as model_file
-from model import Classifier, Projector, Swin3D, SwinUNETR, WeightsError, from_monai, load_weights, to_monai
+from model import (
+    UNETR,
+    Classifier,
+    Projector,
+    Swin3D,
+    SwinUNETR,
+    WeightsError,
+    from_monai,
+    load_weights,
+    to_monai,
+)
 from run import save
 
 SMALL = dict(feature_size=12, depths=(1, 2, 1, 1))          # 3.5 M parameters with v2, quick on one core
@@ -83,6 +93,80 @@ def test_base_size_has_as_many_tensors_and_parameters_as_monai(v2, tensors, mill
     net = SwinUNETR(1, 14, feature_size=48, v2=v2)
     assert len(to_monai(net.state_dict())) == tensors
     assert abs(sum(p.numel() for p in net.parameters()) / 1e6 - millions) < 0.006
+
+
+DEPTHS = 4, 3, 3, 2                                         # blocks of the ViT before each map
+UNETR_NAMES = [("encoder.embed.", "vit.patch_embedding.patch_embeddings."), ("out.", "out.conv.conv."),
+               ("encoder.places.weight", "vit.patch_embedding.position_embeddings"),
+               ("encoder.stages.3.2.", "vit.norm."), ("skips.0.", "encoder1.layer.")]
+UNETR_NAMES += [(f"encoder.stages.{i}.{j}.", f"vit.blocks.{sum(DEPTHS[:i]) + j}.")
+                for i, n in enumerate(DEPTHS) for j in range(n)]
+for i in (1, 2, 3):
+    UNETR_NAMES += [(f"skips.{i}.0.", f"encoder{i + 1}.transp_conv_init.conv.")]
+    UNETR_NAMES += [(f"skips.{i}.{2 * k + 1}.", f"encoder{i + 1}.blocks.{k}.0.conv.") for k in range(3 - i)]
+    UNETR_NAMES += [(f"skips.{i}.{2 * k + 2}.", f"encoder{i + 1}.blocks.{k}.1.") for k in range(3 - i)]
+for i in range(4):
+    UNETR_NAMES += [(f"ups.{i}.up.", f"decoder{5 - i}.transp_conv.conv."),
+                    (f"ups.{i}.mix.", f"decoder{5 - i}.conv_block.")]
+UNETR_PARTS = {".conv1.": ".conv1.conv.", ".conv2.": ".conv2.conv.", ".match.": ".conv3.conv.",
+               ".qkv.": ".attn.qkv.", ".project.": ".attn.out_proj.", ".expand.": ".mlp.linear1.",
+               ".contract.": ".mlp.linear2."}
+
+
+def monai_name(name):
+    """Of a tensor of our UNETR."""
+    head, theirs = next(pair for pair in UNETR_NAMES if name.startswith(pair[0]))
+    name = theirs + name.removeprefix(head)
+    for ours, part in UNETR_PARTS.items():
+        name = name.replace(ours, part)
+    return name
+
+
+@pytest.mark.parametrize("channels, batch, size", [(1, 2, (32, 48, 16)), (2, 1, (32, 32, 32))])
+def test_unetr_equals_monai(channels, batch, size):
+    """MONAI's norms of cross-attention, which it never uses, have no counterpart."""
+    nets = pytest.importorskip("monai.networks.nets.unetr")
+    torch.manual_seed(0)
+    monai = nets.UNETR(channels, 3, size, feature_size=4, hidden_size=24, mlp_dim=40, num_heads=3).double()
+    with torch.no_grad():
+        for parameter in monai.parameters():
+            if parameter.ndim == 1 or parameter.ndim == 3:
+                parameter += torch.randn_like(parameter) * 0.3
+    ours = UNETR(channels, 3, size, feature_size=4, width=24, heads=3, hidden=40).double()
+    state, own = monai.state_dict(), ours.state_dict()
+    names = {name: monai_name(name) for name in own}
+    assert set(names.values()) == {name for name in state if "norm_cross_attn" not in name}
+    ours.load_state_dict({name: state[names[name]].reshape(own[name].shape) for name in own})
+    volume = torch.randn(batch, channels, *size, dtype=torch.float64)
+    wanted, found = monai(volume), ours(volume)
+    assert found.shape == (batch, 3, *size) and difference(found, wanted) < 1e-9
+    weight, theirs = torch.randn_like(wanted), dict(monai.named_parameters())
+    for x in (wanted, found):
+        (x * weight * x.cos()).mean().backward()
+    for name, parameter in ours.named_parameters():
+        true = theirs[names[name]].grad.reshape(parameter.shape)
+        scale = true.abs().max()
+        assert scale > 0 and (parameter.grad - true).abs().max() < 1e-9 * max(scale, 1e-3), name
+
+
+def test_unetr_of_the_paper_its_checkpointing_and_what_it_refuses():
+    with torch.device("meta"):
+        net = UNETR(1, 14, (96, 96, 96))
+    count = sum(p.numel() for p in net.parameters()) / 1e6
+    assert abs(count - 92.79) < 0.01            # MONAI: 92.8 with 0.02 of cross-attention's norms (paper: 92.58)
+    torch.manual_seed(0)
+    keys = dict(size=(32, 16, 16), feature_size=2, width=8, heads=2, hidden=8)
+    net, again = UNETR(1, 2, **keys), UNETR(1, 2, checkpointing=True, **keys)
+    again.load_state_dict(net.state_dict())
+    volume = torch.randn(1, 1, 32, 16, 16)
+    for each in (net, again):
+        each(volume).square().sum().backward()
+    assert all(torch.allclose(p.grad, q.grad, atol=1e-5) for p, q in zip(net.parameters(), again.parameters()))
+    with pytest.raises(ValueError, match=re.escape("expected (b, 1, 32, 16, 16) with no empty axis, found (1, 1, 16")):
+        net(volume[:, :, :16])
+    for wrong in (dict(size=(32, 16, 20)), dict(width=9)):
+        with pytest.raises(ValueError, match="a multiple of heads 2, size .* of 16"):
+            UNETR(1, 2, **keys | wrong)
 
 
 # ----------------------------------------------------------------------------------- weights both ways
@@ -497,6 +581,22 @@ def test_one_channel_is_spread_and_others_are_refused(monai_states, tmp_path):
     save(tmp_path / "four.pt", {"state_dict": to_monai(four.state_dict(), "legacy")})
     with pytest.raises(WeightsError, match="in_channels is 4 in the file, 1 in the model"):
         load_weights(one, tmp_path / "four.pt")
+
+
+def test_a_unetr_starts_from_a_unetr_of_ours_alone(monai_states, tmp_path):
+    keys = dict(feature_size=2, width=8, heads=2, hidden=8)
+    source, net = UNETR(1, 3, (32, 32, 32), **keys), UNETR(1, 5, (32, 32, 32), **keys)
+    path = ours_file(tmp_path / "best.pt", "finetune", source)
+    report = load_weights(net, path)
+    assert report["initial"] == {"out": 2} and same(source.encoder.state_dict(), net.encoder.state_dict())
+    for net in (Swin3D(**SMALL), SwinUNETR(1, 3, **SMALL)):
+        refused(path, net, f"holds a UNETR of ours, the model is a {type(net).__name__}$")
+    refused(path, UNETR(1, 3, (32, 32, 48), **keys), r"does not fit the model: size is \(32, 32, 32\) in the file")
+    net, none = UNETR(1, 3, (32, 32, 32), **keys), "holds no UNETR of ours, the model is a UNETR$"
+    refused(ours_file(path, "encoder", Swin3D(**SMALL)), net, none)
+    refused(ours_file(path, "finetune", SwinUNETR(1, 3, **SMALL)), net, none)
+    torch.save(monai_states[True], path)
+    refused(path, net, none)
 
 
 class Bomb:
