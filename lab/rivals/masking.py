@@ -1,10 +1,11 @@
 """Rivals that hide or spoil parts of a crop and restore them.
 
-Each method: `loss, measures = method(batch, generator)`. All take intensities as the data's preprocessing leaves
-them and give one output a voxel and channel. The names of the measures say what an error is a part of:
-_of_mean: of the error that the hidden voxels' own mean makes, which no look at the picture is needed for;
-_of_near: of the error of a blurred copy of what is seen around, the shortcut of all restoring;
-_of_input: of the error of the spoilt crop as it is. Only below 1 is more learned than the shortcut knows.
+Each method: `loss, measures = method(batch, generator)`. All take intensities as the data's preprocessing
+leaves them. The names of the measures say what a squared error is a part of; only below 1 is more learned
+than the shortcut knows:
+of_mean    of the error of the hidden voxels' own mean, which takes no look at their surroundings
+of_near    of the error of a blurred copy of what is seen around, the shortcut of all restoring
+of_input   of the error of the spoilt crop as it is
 """
 import copy
 import functools
@@ -65,15 +66,15 @@ def near(V, hidden, reach=16):
 
 
 @torch.no_grad()
-def restored(name, prediction, truth, hidden, guess):
-    """{name_of_mean, name_of_near}: squared error over the hidden voxels as parts of those of two shortcuts."""
+def restored(prediction, truth, hidden, guess):
+    """{of_mean, of_near}: squared error over the hidden voxels as parts of those of two shortcuts."""
     mean = (truth * hidden).sum((2, 3, 4), keepdim=True) / hidden.sum((2, 3, 4), keepdim=True).clamp(min=1)
     error, flat, blurred = (masked_mean((x - truth).square(), hidden) for x in (prediction, mean, guess))
-    return {f"{name}_of_mean": error / flat.clamp(min=1e-12), f"{name}_of_near": error / blurred.clamp(min=1e-12)}
+    return dict(of_mean=error / flat.clamp(min=1e-12), of_near=error / blurred.clamp(min=1e-12))
 
 
 def nt_xent(a, b, temperature):
-    """SimCLR's loss of two views (n, e), each row the other's only partner -> (), and top-1 (chance 1/(2n-1))."""
+    """SimCLR's loss of two views (n, e), and how often a row's partner is nearest (chance 1 / (2n - 1))."""
     z = F.normalize(torch.cat([a, b]).float(), dim=1)
     logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)
     partner = torch.arange(len(z), device=z.device).roll(len(a))
@@ -94,9 +95,9 @@ def upsampled(conv, x, edge):
 class SimMIM(nn.Module):
     """Xie et al., CVPR 2022, arXiv:2111.09886: hidden patches become a token, their voxels are regressed.
 
-    Sec. 3.2-3.5: random masking at ratio 0.6, the token stands for the embedded patch, a one-layer head on the
-    last map, L1 on hidden voxels alone, all as there. Deviations: patches of 16 voxels (paper: 32 pixels of 192,
-    a sixth; of a 64^3 crop 32 would leave 8 patches); intensities are regressed as the data are scaled.
+    Sec. 3.2-3.5: random masking at ratio 0.6, the token stands for the embedded patch, a one-layer head on
+    the last map, L1 on hidden voxels alone. Deviations: patches of 16 voxels (paper: 32 pixels of 192, a
+    sixth; of a 64^3 crop 32 would leave 8 patches); intensities are regressed as the data are scaled.
     """
     passes = (1, 0)
     patch, share = 16, 0.6
@@ -121,15 +122,15 @@ class SimMIM(nn.Module):
         V = batch["V"]
         hidden = hidden_patches(V, self.patch, self.share, generator)
         x = self.restore(V, hidden)
-        return masked_mean((x - V).abs(), hidden), restored("patches", x, V, hidden, near(V, hidden))
+        return masked_mean((x - V).abs(), hidden), restored(x, V, hidden, near(V, hidden))
 
 
 class MAE3D(nn.Module):
     """He et al., CVPR 2022, arXiv:2111.06377, in 3D: three quarters of the patches are hidden and decoded.
 
     Fig. 1: ratio 0.75, patches of 16; Sec. 3: mean squared error on hidden patches, targets normalised within
-    each patch (Table 1d). Deviations: a Swin encoder cannot drop tokens, so hidden voxels hold a learned value
-    and cost as much as others; the decoder is SwinUNETR's, its skips see hidden voxels hidden as well.
+    each patch (Table 1d). Deviations: a Swin encoder cannot drop tokens, so hidden voxels hold a learned
+    value and cost as much as others; the decoder is SwinUNETR's, its skips see hidden voxels hidden as well.
     """
     passes = (1, 0)
     patch, share = 16, 0.75
@@ -152,7 +153,7 @@ class MAE3D(nn.Module):
         hidden = hidden_patches(V, self.patch, self.share, generator)
         x = self.network(torch.where(hidden, rearrange(self.token, "c -> c 1 1 1"), V)).float()
         truth = self.targets(V)
-        measures = restored("patches", x, truth, hidden, self.targets(near(V, hidden)))
+        measures = restored(x, truth, hidden, self.targets(near(V, hidden)))
         return masked_mean((x - truth).square(), hidden), measures
 
 
@@ -163,8 +164,8 @@ class GLMAE(nn.Module):
     Fig. 2: reconstruction of both masked views, global-to-global and global-to-local consistency with the
     complete global view as anchor, which a momentum teacher encodes. Patch 16, mean squared error on hidden
     voxels. Ours: share 0.6; all four terms weigh 1; consistency by DINO's cross-entropy (2104.14294:
-    temperatures 0.1 and 0.04, centre 0.9), teacher by cfg.momentum. Deviations: the global view is the crop (paper:
-    of the whole scan), the local a cube of half its edges, enlarged to the crop; hidden as in MAE3D.
+    temperatures 0.1 and 0.04, centre 0.9), teacher by cfg.momentum. Deviations: the global view is the crop
+    (paper: of the whole scan), the local one of half its edges, enlarged to the crop; hidden as in MAE3D.
     """
     passes = (2, 1)
     patch, share = 16, 0.6
@@ -175,16 +176,17 @@ class GLMAE(nn.Module):
         self.encoder = self.network.encoder
         self.token = nn.Parameter(torch.zeros(cfg.in_channels))
         self.head = classifier(cfg, cfg.embedding)
-        self.teacher = nn.ModuleList(copy.deepcopy(m) for m in (self.encoder, self.head)).requires_grad_(False)
+        self.teacher = nn.ModuleList([copy.deepcopy(self.encoder), copy.deepcopy(self.head)])
+        self.teacher.requires_grad_(False)
         self.momentum = cfg.momentum
         self.register_buffer("centre", torch.zeros(cfg.embedding))
 
     def forward(self, batch, generator):
         V = batch["V"]
-        starts = (torch.rand(len(V), 3, generator=generator, device=V.device) / 2 * torch.tensor(
-            V.shape[2:], device=V.device)).long().tolist()
-        local = [v[:, x:x + v.shape[1] // 2, y:y + v.shape[2] // 2, z:z + v.shape[3] // 2]
-                 for v, (x, y, z) in zip(V, starts)]
+        half = [n // 2 for n in V.shape[2:]]
+        starts = torch.rand(len(V), 3, generator=generator, device=V.device)
+        starts = (starts * torch.tensor(half, device=V.device)).long().tolist()
+        local = [v[:, x:x + half[0], y:y + half[1], z:z + half[2]] for v, (x, y, z) in zip(V, starts)]
         views = torch.cat([V, F.interpolate(torch.stack(local), V.shape[2:], mode="trilinear")])
         hidden, seen = hidden_patches(views, self.patch, self.share, generator), []
         hook = self.encoder.register_forward_hook(lambda _, __, maps: seen.append(pooled(maps)))
@@ -198,24 +200,26 @@ class GLMAE(nn.Module):
         agree = 2 * F.cross_entropy(logits, torch.cat([target, target]))            # of the two views
         restore = 2 * masked_mean((x - views).square(), hidden)
         scores = F.normalize(logits[:len(V)], dim=1) @ F.normalize(anchor - self.centre, dim=1).T
-        own = torch.arange(len(V), device=V.device)
-        measures = restored("patches", x, views, hidden, near(views, hidden))
-        return restore + agree, measures | dict(anchor_top1=accuracy(scores, own), agree=agree.detach())
+        top1 = accuracy(scores, torch.arange(len(V), device=V.device))              # chance 1 / b
+        measures = restored(x, views, hidden, near(views, hidden))
+        return restore + agree, measures | dict(top1=top1, agree=agree.detach())
 
     @torch.no_grad()
     def after_step(self, step, steps):
-        for slow, fast in zip(self.teacher.parameters(), nn.ModuleList([self.encoder, self.head]).parameters()):
-            slow.lerp_(fast, 1 - self.momentum)
+        for slow, fast in zip(self.teacher, (self.encoder, self.head)):
+            for p, q in zip(slow.parameters(), fast.parameters()):
+                p.lerp_(q, 1 - self.momentum)
 
 
 class ModelsGenesis(nn.Module):
     """Zhou et al., MICCAI 2019 and MedIA 2021, arXiv:2004.07882: a spoilt crop is restored as a whole.
 
-    Sec. 2 and the released code: monotone Bezier curve of intensities (probability 0.9, half of them falling),
-    local shuffling (0.5), then painting (0.9): a fifth in-painting, up to 5 boxes of a sixth to a third of the
-    edges become noise; else out-painting, all but up to 5 boxes of 3/7 to 4/7 do; mean squared error over all.
-    Deviations: shuffled are half of the tiles of a grid of 4^3 voxels (released: 10,000 windows of up to a
-    tenth of the edges); no flips, here a mirrored liver is on the wrong side.
+    Sec. 2 and the released code: monotone Bezier curve of intensities (probability 0.9, half of them
+    falling), local shuffling (0.5), then painting (0.9): a fifth in-painting, 5 boxes of a sixth to a third
+    of the edges become noise; else out-painting, all but 5 boxes of 3/7 to 4/7 do; mean squared error over
+    all voxels.
+    Deviations: shuffled are half of the tiles of a grid of 4^3 voxels (released code: 10,000 windows of up to
+    a tenth of the edges); no flips, here a mirrored liver is on the wrong side.
     """
     passes = (1, 0)
 
@@ -227,10 +231,11 @@ class ModelsGenesis(nn.Module):
     def curve(self, V, draw):
         """V through a cubic Bezier curve from corner to corner of each sample's own square of intensities."""
         low, high = V.amin((1, 2, 3, 4), keepdim=True), V.amax((1, 2, 3, 4), keepdim=True)
-        t, control, falls = torch.linspace(0, 1, 256, device=V.device), draw(len(V), 2, 2), draw(len(V)) < 0.5
-        x, y = (3 * t * (1 - t) ** 2 * p[:, :1] + 3 * t**2 * (1 - t) * p[:, 1:] + t**3 for p in control.unbind(2))
-        x, y = x.sort(1)[0], y.sort(1)[0]
-        y = torch.where(falls[:, None], y.flip(1), y)
+        t, control = torch.linspace(0, 1, 256, device=V.device), draw(2, len(V), 2)
+        falls = draw(len(V), 1) < 0.5
+        x, y = ((3 * t * (1 - t) ** 2 * p[:, :1] + 3 * t**2 * (1 - t) * p[:, 1:] + t**3).sort(1)[0]
+                for p in control)                                                   # (b, 256)
+        y = torch.where(falls, y.flip(1), y)
         at = rearrange((V - low) / (high - low).clamp(min=1e-6), "b c x y z -> b (c x y z)").contiguous()
         k = torch.searchsorted(x.contiguous(), at).clamp(1, 255)
         (x0, x1), (y0, y1) = ((c.gather(1, k - 1), c.gather(1, k)) for c in (x, y))
@@ -239,11 +244,11 @@ class ModelsGenesis(nn.Module):
 
     def shuffle(self, V, draw, edge=4):
         """Half of the tiles of edge^3 voxels with their voxels in random order, channels together."""
-        i, j, k = (n // edge for n in V.shape[2:])
-        tiles = rearrange(V, "b c (i x) (j y) (k z) -> b c (i j k) (x y z)", x=edge, y=edge, z=edge)
-        order = draw(len(V), 1, i * j * k, edge**3).argsort(-1).expand_as(tiles)
-        tiles = torch.where(draw(len(V), 1, i * j * k, 1) < 0.5, tiles.gather(-1, order), tiles)
-        return rearrange(tiles, "b c (i j k) (x y z) -> b c (i x) (j y) (k z)", i=i, j=j, x=edge, y=edge, z=edge)
+        grid = dict(x=edge, y=edge, z=edge, i=V.shape[2] // edge, j=V.shape[3] // edge)
+        tiles = rearrange(V, "b c (i x) (j y) (k z) -> b c (i j k) (x y z)", **grid)
+        order = draw(len(V), 1, *tiles.shape[2:]).argsort(-1).expand_as(tiles)
+        tiles = torch.where(draw(len(V), 1, tiles.shape[2], 1) < 0.5, tiles.gather(-1, order), tiles)
+        return rearrange(tiles, "b c (i j k) (x y z) -> b c (i x) (j y) (k z)", **grid)
 
     def spoilt(self, V, generator):
         draw = functools.partial(torch.rand, generator=generator, device=V.device)
@@ -267,11 +272,11 @@ class ModelsGenesis(nn.Module):
 class SwinUNETRPretraining(nn.Module):
     """Tang et al., CVPR 2022, arXiv:2111.14791: inpainting, rotation and contrast of two spoilt copies.
 
-    Eq. 4-7 and the released code: each copy is turned by 0, 90, 180 or 270 degrees about z, then boxes of 5 to
-    25 % of the edges, until a share drawn up to 30 % is full, become noise (paper: dropped); L1 over all
-    voxels (Eq. 4), cross-entropy of the turn (Eq. 5), NT-Xent at temperature 0.5 (Eq. 6), all of weight 1 (Eq. 7).
-    Decoder: one layer from the last map, as its transposed convolution. Deviations: the crops are cubes; the
-    pooled features are standardised over the batch (`pooled`); released code also pastes boxes of other crops.
+    Sec. 3.2 and the released code: each copy is turned by 0, 90, 180 or 270 degrees about z, then boxes of 5
+    to 25 % of the edges, until a share drawn up to 30 % is full, become noise; L1 over all voxels, cross-
+    entropy of the turn, NT-Xent at temperature 0.5, all of weight 1. Decoder: one layer from the last map,
+    as its transposed convolution. Deviations: crops are cubes; pooled features are standardised over the
+    batch (`pooled`); the released code also pastes boxes of other crops.
     """
     passes = (2, 0)
 
@@ -293,19 +298,19 @@ class SwinUNETRPretraining(nn.Module):
         contrast, top1 = nt_xent(*self.contrast(z).chunk(2), temperature=0.5)
         inpaint, rotate = (x - V).abs().mean(), F.cross_entropy(logits, turns)
         measures = dict(inpaint=inpaint, rotate=rotate, contrast=contrast, top1=top1)
-        measures |= dict(turn=accuracy(logits, turns), **restored("boxes", x, V, hidden, near(V, hidden)))
+        measures |= dict(turn=accuracy(logits, turns), **restored(x, V, hidden, near(V, hidden)))
         return inpaint + rotate + contrast, {name: value.detach() for name, value in measures.items()}
 
 
 class SwinMM(nn.Module):
     """Wang et al., MICCAI 2023, arXiv:2307.12591: masked multi-view learning.
 
-    Sec. 2.1 and the released code: two copies, each turned about z by 0 to 270 degrees and half of its patches
-    of 16 voxels set to 0; each is seen from two sides (axes permuted cyclically). Tasks, all of weight 1: mean
-    squared error over hidden voxels, the turn, NT-Xent (0.5) of the two copies, and the mutual loss: both
-    sides restore the hidden voxels alike. Decoder: SwinUNETR's, as there. Deviations: crops are cubes; the
-    second copy's sides are compared with each other (released code: with the first copy's); pooled features as
-    in Swin-UNETR's pre-training; hidden voxels hold the crop's mean, which 0 is not after every preprocessing.
+    Sec. 2.1 and the released code: two copies, each turned about z by 0 to 270 degrees and half of its
+    patches of 16 voxels hidden; each is seen from two sides (axes permuted cyclically). Tasks, all of weight
+    1: mean squared error over hidden voxels, the turn, NT-Xent (0.5) of the two copies, and the mutual loss:
+    both sides restore the hidden voxels alike. Decoder: SwinUNETR's, as there. Deviations: crops are cubes;
+    the second copy's sides are compared with each other (released code: with the first's); pooled features as
+    in Swin-UNETR's pre-training; hidden voxels hold the mean of the others (there: 0, which may be tissue).
     """
     passes = (4, 0)
     patch, share = 16, 0.5
@@ -323,14 +328,15 @@ class SwinMM(nn.Module):
         turns = torch.randint(4, (len(V),), generator=generator, device=V.device)
         V = turned(V, turns, TURNS_Z)
         hidden = hidden_patches(V, self.patch, self.share, generator)
-        masked = torch.where(hidden, V.mean((2, 3, 4), keepdim=True), V)
+        mean = (V * ~hidden).sum((2, 3, 4), keepdim=True) / (~hidden).sum((2, 3, 4), keepdim=True)
+        masked = torch.where(hidden, mean, V)
         side, seen = int(torch.randint(2, (), generator=generator, device=V.device)), []
         hook = self.encoder.register_forward_hook(lambda _, __, maps: seen.append(pooled(maps)))
         x = self.network(masked).float()
         other = rearrange(self.network(rearrange(masked, self.SIDES[side])).float(), self.BACK[side])
         hook.remove()
         mutual, loss = masked_mean((x - other).square(), hidden), 0
-        measures = restored("patches", x, V, hidden, near(V, hidden))
+        measures = restored(x, V, hidden, near(V, hidden))
         for z, y in zip(seen, (x, other)):
             logits = self.rotation(z).float()
             contrast, top1 = nt_xent(*self.contrast(z).chunk(2), temperature=0.5)

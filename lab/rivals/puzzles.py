@@ -1,7 +1,7 @@
 """Rivals that ask where something is, how it was turned, or how its pieces were mixed.
 
-Each method: `loss, measures = method(batch, generator)`. Accuracies are logged beside their chance, or beside what a
-network knows that sees nothing of the picture (_blind).
+Each method: `loss, measures = method(batch, generator)`. Accuracies are logged beside their chance, or beside
+what a network knows that sees nothing of the picture (_blind).
 """
 import itertools
 import math
@@ -33,16 +33,17 @@ def accuracy(logits, target):
 
 def classifier(cfg, classes):
     """Head on pooled features: an MLP of one hidden layer."""
-    return nn.Sequential(nn.Linear(16 * cfg.feature_size, cfg.hidden), nn.GELU(), nn.Linear(cfg.hidden, classes))
+    width = 16 * cfg.feature_size
+    return nn.Sequential(nn.Linear(width, cfg.hidden), nn.GELU(), nn.Linear(cfg.hidden, classes))
 
 
 class Rotation(nn.Module):
     """Gidaris et al., ICLR 2018, arXiv:1803.07728, in 3D as Taleb et al., NeurIPS 2020, arXiv:2006.03829.
 
-    Eq. 1-3: the class of a turn by multiples of 90 degrees, cross-entropy. In a volume ten classes: none, and 90,
-    180, 270 degrees about each axis (Taleb, Sec. 3.4). rot90 moves voxels and interpolates nothing. Deviations:
-    a sample is turned once a step (paper: all turns in one batch); crops must be cubes; with anisotropic voxels
-    the sharpness along an axis gives the turn away.
+    Eq. 1-3: the class of a turn by multiples of 90 degrees, cross-entropy. In a volume ten classes: none, and
+    90, 180, 270 degrees about each axis (Taleb, Sec. 3). rot90 moves voxels and interpolates nothing.
+    Deviations: a sample is turned once a step (paper: all turns in one batch); crops must be cubes; with
+    anisotropic voxels the sharpness along an axis gives the turn away.
     """
     passes = (1, 0)
 
@@ -75,10 +76,10 @@ def far_permutations(pieces, count, seed=0):
 class Jigsaw(nn.Module):
     """Noroozi and Favaro, ECCV 2016, arXiv:1603.09246, in 3D: in which order do the pieces of a crop come?
 
-    Sec. 3: each piece passes the encoder alone, their features side by side tell the permutation, one of 100
-    that are far from each other (Sec. 3.1: 100 suffice; Table 4: the farther the better). Against shortcuts
-    (Sec. 3.2): each piece is cut at random, leaving gaps of up to 1/8 of a cell for the paper's 11 of 75 pixels,
-    and has mean 0 and deviation 1. Deviations: 2^3 pieces (paper 3^2), what a crop of 64^3 holds.
+    Each piece passes the encoder alone, their features side by side tell the permutation, one of 100 that
+    are far from each other (paper: up to 1000). Against shortcuts: each piece is cut at random, with gaps of
+    1/8 of a cell for the paper's 11 of 75 pixels, and has mean 0 and deviation 1. Deviations: 2^3 pieces
+    (paper 3^2), what a crop of 64^3 holds; features of 64 channels a piece (paper: 512).
     """
     passes = (1, 0)
     cells, count = 2, 100
@@ -96,9 +97,9 @@ class Jigsaw(nn.Module):
         size = [n // self.cells for n in V.shape[2:]]
         i, j, k = (n - n // 8 for n in size)
         room = torch.tensor(size, device=V.device) // 8 + 1
+        cell = torch.cartesian_prod(*[torch.arange(0, n, n // self.cells) for n in V.shape[2:]]).to(V.device)
         at = torch.rand(len(V), self.cells**3, 3, generator=generator, device=V.device)
-        at = (at * room).long() + torch.cartesian_prod(*[torch.arange(self.cells, device=V.device)] * 3) * torch.tensor(
-            size, device=V.device)
+        at = cell + (at * room).long()
         x = torch.stack([torch.stack([v[:, x:x + i, y:y + j, z:z + k] for x, y, z in rows])
                          for v, rows in zip(V, at.tolist())])
         return (x - x.mean((3, 4, 5), keepdim=True)) / x.std((3, 4, 5), keepdim=True).clamp(min=1e-6)
@@ -140,11 +141,11 @@ def twist(V, moves, cells):
 class RubiksCube(nn.Module):
     """Tao et al., MICCAI 2020, arXiv:2007.08826 (Rubik's cube++): a twisted cube is restored as a whole.
 
-    Sec. 2: layers of the volume turn about an axis (volume-wise transformation, "a real Rubik's cube"), an
-    encoder-decoder restores the volume under mean squared error and an adversarial loss. Ours: 4 layers of 16
-    voxels an axis, 3 moves of 1 to 3 quarter turns, weight 0.01 of the adversarial part. Deviations: the decoder is
-    SwinUNETR's; the loop has one optimizer, so the discriminator (3 strided convolutions) learns in the same
-    backward pass, behind a reversed gradient (1409.7495); crops are cubes.
+    Sec. 2: layers of the volume turn about an axis (volume-wise transformation), an encoder-decoder restores
+    the volume under a reconstruction and an adversarial loss. Ours: 4 layers an axis, 3 moves of 1 to 3
+    quarter turns, mean squared error, weight 0.01 of the adversarial part. Deviations: the decoder is
+    SwinUNETR's; the loop has one optimizer, so the discriminator (3 convolutions) learns in the same backward
+    pass, behind a reversed gradient (1409.7495); crops are cubes.
     """
     passes = (1, 0)
     cells, moves, adversarial = 4, 3, 0.01
@@ -153,14 +154,14 @@ class RubiksCube(nn.Module):
         super().__init__()
         self.network = SwinUNETR(cfg.in_channels, cfg.in_channels, **swin(cfg))
         self.encoder, f = self.network.encoder, cfg.feature_size
-        self.critic = nn.Sequential(nn.Conv3d(cfg.in_channels, f, 4, 4), nn.LeakyReLU(0.2), nn.Conv3d(f, 2 * f, 4, 2),
-                                    nn.LeakyReLU(0.2), nn.Conv3d(2 * f, 1, 3))
+        self.critic = nn.Sequential(nn.Conv3d(cfg.in_channels, f, 4, 4), nn.LeakyReLU(0.2),
+                                    nn.Conv3d(f, 2 * f, 4, 2), nn.LeakyReLU(0.2), nn.Conv3d(2 * f, 1, 3))
 
     def scrambled(self, V, generator):
         draw = torch.rand(len(V), self.moves, 3, generator=generator, device=V.device)
-        moves = (draw * torch.tensor([3, self.cells, 3], device=V.device)).long() + torch.tensor(
-            [0, 0, 1], device=V.device)                             # 1 to 3 quarter turns
-        return torch.stack([twist(v, each, self.cells) for v, each in zip(V, moves.tolist())])
+        moves = (draw * torch.tensor([3, self.cells, 3], device=V.device)).long().tolist()
+        return torch.stack([twist(v, [(axis, layer, k + 1) for axis, layer, k in each], self.cells)
+                            for v, each in zip(V, moves)])
 
     def forward(self, batch, generator):
         V = batch["V"]
@@ -178,11 +179,11 @@ class RubiksCube(nn.Module):
 class PositionLabel(nn.Module):
     """Zhang and Gong, AAAI 2023, arXiv:2206.04981: a patch tells its absolute position, cross-entropy.
 
-    Sec. 3, Fig. 1: an MLP on the encoder's patch features gives the class of the patch's place (the first of the
-    two labels; the second, relative one has no part here). Deviations: the place is that in the scan, in 8 parts an
-    axis, a softmax an axis (paper: one class a patch of the image): the place in a crop could be read off the
-    zeros that pad its windows and convolutions. What remains of that shortcut is accuracy_blind, which knows the
-    token's place in the crop and takes the crop for the middle one. Tokens of cfg.token_patch, of the body alone.
+    Fig. 1: an MLP on the encoder's patch features gives the class of the patch's place (the first of the two
+    labels; the second, relative one has no part here). Deviations: the place is that in the scan, in 8 parts
+    an axis, a softmax an axis (paper: one class a patch of the image), for the place in a crop can be read
+    off the zeros that pad its windows and convolutions. What remains of that shortcut is accuracy_blind: the
+    token's place in the crop is known, and the crop taken for the middle one. Tokens of the body alone.
     """
     passes = (1, 0)
     parts = 8
@@ -194,7 +195,7 @@ class PositionLabel(nn.Module):
         self.head = Projector(cfg.feature_size * 2**self.level, cfg.hidden, 3 * self.parts)
 
     def labels(self, start, shape, size):
-        """(b, t, 3) long: in which of the parts of its scan each token of a crop of `size` from `start` lies."""
+        """(b, t, 3) long: in which part of its scan each token of a crop of `size` from `start` on lies."""
         grid = [n // self.patch for n in size]
         at = patch_centres(grid, self.patch).to(start.device) + rearrange(start, "b d -> b 1 d")
         return ((at + 0.5) / rearrange(shape, "b d -> b 1 d") * self.parts).long().clamp(0, self.parts - 1)
@@ -212,7 +213,7 @@ class PositionLabel(nn.Module):
 
 
 def overlaps(starts, bases, edge):
-    """(k, n) shares of crops at `starts` (k, 3) that lie in base crops at `bases` (n, 3), all of `edge` (3,)."""
+    """(k, n) shares of crops at `starts` (k, 3) that lie in base crops at `bases` (n, 3), all `edge` (3,)."""
     shift = (rearrange(starts, "k d -> k 1 d") - bases).abs()
     return (edge - shift).clamp(min=0).prod(-1) / edge.prod()
 
@@ -220,13 +221,13 @@ def overlaps(starts, bases, edge):
 class VoCo(nn.Module):
     """Wu et al., CVPR 2024, arXiv:2402.17300: where among a grid of base crops does a random crop lie?
 
-    Fig. 2: y, the shares of the random crop's volume in each base crop; l, the cosine of their embeddings (negative:
-    0), no gradient into the base crops. Eq. 3: -mean log(1 - |y - l|); Eq. 4: mean cosine of two base crops
-    that are not the same; Eq. 5: their sum, weight 1. The region `around` the crop is cut into a grid as the paper's
-    slab of 4 x 4 crops is: as many base crops as crops cover an axis; all crops are shrunk to half the
-    crop's edges (paper: 96 to 64). As many random crops as base crops (released code: 2 to 8). Projector as
-    released: batch norms without parameters. Deviation: no flips or turns, which the released code adds.
-    passes holds for a grid of 2 x 2 x 2, of 8 + 8 crops an eighth as large as a crop.
+    Fig. 2: y, the shares of the random crop's volume in each base crop; l, the cosine of their embeddings
+    (negative: 0), no gradient into the base crops. Eq. 3: -mean log(1 - |y - l|); Eq. 4: mean cosine of two
+    base crops that are not the same; Eq. 5: their sum, weight 1. The region `around` the crop is cut into a
+    grid as the paper's slab of 4 x 4 crops is: as many base crops as crops cover an axis; all are shrunk
+    to half the crop's edges (paper: 96 to 64). Projector as in the released code: batch norms without
+    parameters. Deviations: as many random crops as base crops (released code: a batch's 2 to 8); none of the
+    flips and turns that the released code adds. passes holds for a grid of 2 x 2 x 2: 8 + 8 eighths.
     """
     passes = (2, 0)
     surroundings = True
@@ -249,7 +250,8 @@ class VoCo(nn.Module):
         room = edge * (torch.tensor(grid, device=V.device) - 1) + 1
         starts = (torch.rand(len(V), n, 3, generator=generator, device=V.device) * room).long()
         places = torch.cat([repeat(bases, "n d -> b n d", b=len(V)), starts], dim=1).tolist()
-        crops = torch.stack([v[:, x:x + i, y:y + j, z:z + k] for v, rows in zip(V, places) for x, y, z in rows])
+        crops = torch.stack([v[:, x:x + i, y:y + j, z:z + k]
+                             for v, rows in zip(V, places) for x, y, z in rows])
         maps = self.encoder(F.interpolate(crops, [c // 2 for c in self.crop], mode="trilinear"))
         z = F.normalize(self.head(reduce(maps[-1], "b c x y z -> b c", "mean")).float(), dim=-1)
         base, query = rearrange(z, "(b s n) e -> s b n e", s=2, n=n)
