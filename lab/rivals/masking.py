@@ -233,8 +233,7 @@ class ModelsGenesis(nn.Module):
         low, high = V.amin((1, 2, 3, 4), keepdim=True), V.amax((1, 2, 3, 4), keepdim=True)
         t, control = torch.linspace(0, 1, 256, device=V.device), draw(2, len(V), 2)
         falls = draw(len(V), 1) < 0.5
-        x, y = ((3 * t * (1 - t) ** 2 * p[:, :1] + 3 * t**2 * (1 - t) * p[:, 1:] + t**3).sort(1)[0]
-                for p in control)                                                   # (b, 256)
+        x, y = (3 * t * (1 - t) ** 2 * p[:, :1] + 3 * t**2 * (1 - t) * p[:, 1:] + t**3 for p in control)
         y = torch.where(falls, y.flip(1), y)
         at = rearrange((V - low) / (high - low).clamp(min=1e-6), "b c x y z -> b (c x y z)").contiguous()
         k = torch.searchsorted(x.contiguous(), at).clamp(1, 255)
