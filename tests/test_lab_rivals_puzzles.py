@@ -75,7 +75,7 @@ def test_permutations_are_each_the_farthest_from_those_before():
 
 
 def test_pieces_lie_in_their_cells_and_the_label_is_their_order(monkeypatch):
-    method, V, places, inputs = built("jigsaw"), torch.rand(2, 1, 32, 32, 32, generator=seeded()), set(), []
+    method, V, places = built("jigsaw"), torch.rand(2, 1, 32, 32, 32, generator=seeded()), set()
     pieces = method.pieces(V, seeded())
     assert pieces.shape == (2, 8, 1, 14, 14, 14)
     for b, (n, cell) in itertools.product(range(2), enumerate(itertools.product((0, 16), repeat=3))):
@@ -89,16 +89,17 @@ def test_pieces_lie_in_their_cells_and_the_label_is_their_order(monkeypatch):
         places.add(found[0])
     assert len(places) > 8                                  # the gaps differ
 
-    def network(x):
-        inputs.append(x)
-        return [torch.zeros(len(x), 64, 1, 1, 1)]
+    def network(x):                                         # a piece's feature is a voxel of it
+        return [x[:, :, :1, :1, :1]]
     monkeypatch.setattr(method.encoder, "forward", network)
-    orders = []
-    monkeypatch.setattr(puzzles, "accuracy", lambda logits, order: orders.append(order))
+    orders, laid = [], []
+    method.reduce = torch.nn.Identity()
+    monkeypatch.setattr(method.head, "forward", lambda x: laid.append(x) or x)
+    monkeypatch.setattr(puzzles.F, "cross_entropy", lambda _, order: orders.append(order))
     method(dict(V=V), seeded())
-    for b in range(2):
-        for place, piece in enumerate(method.permutations[orders[0][b]].tolist()):
-            assert torch.equal(inputs[0].view(2, 8, 1, 14, 14, 14)[b, place], pieces[b, piece])
+    assert laid[0].shape == (64, 8) and len(set(orders[0].tolist())) > 25
+    for k, order in enumerate(orders[0]):
+        assert torch.equal(laid[0][k], pieces[k // 32, method.permutations[order], 0, 0, 0, 0])
 
 
 # ----------------------------------------------------------------------------------------------- Rubik's cube
