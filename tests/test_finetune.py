@@ -34,10 +34,11 @@ from conftest import (
 
 import configs
 import data
+import evaluate
 import finetune
 import tasks
 from lab.phantom import IMAGES
-from model import Classifier
+from model import UNETR, Classifier
 from run import save
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -534,6 +535,8 @@ def test_a_unetr_trains_starts_from_its_own_and_no_other(train, small):
     keys = dict(network="unetr", crop=(64, 64, 64))
     _, run = train("demo_segmentation", **keys)
     assert [line["step"] for line in log_of(run)[1:]] == [1, 2, 2]
+    cfg = configs.load(evaluate.Config, [str(run / "config.py")])
+    assert type(evaluate.restore(run / "best.pt", cfg, torch.device("cpu"))) is UNETR
     first, rest = opened(run / "best.pt")["model"], dict(init="runs/run/best.pt", layer_decay=0.0)
     _, run = train("demo_segmentation", name="again", **keys | rest)    # 0: of the whole ViT
     again = opened(run / "last.pt")["model"]
