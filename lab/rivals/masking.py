@@ -162,8 +162,8 @@ class GLMAE(nn.Module):
     agree with the complete global view.
 
     Fig. 2: reconstruction of both masked views, global-to-global and global-to-local consistency with the
-    complete global view as anchor, which a momentum teacher encodes. Patch 16, mean squared error on hidden
-    voxels. Ours: share 0.6; all four terms weigh 1; consistency by DINO's cross-entropy (2104.14294:
+    complete global view as anchor, which a momentum teacher encodes; mean squared error on hidden voxels.
+    Ours: patches of 16, share 0.6; all four terms weigh 1; consistency by DINO's cross-entropy (2104.14294:
     temperatures 0.1 and 0.04, centre 0.9), teacher by cfg.momentum. Deviations: the global view is the crop
     (paper: of the whole scan), the local one of half its edges, enlarged to the crop; hidden as in MAE3D.
     """
@@ -290,7 +290,7 @@ class SwinUNETRPretraining(nn.Module):
         turns = torch.randint(4, (len(V),), generator=generator, device=V.device)
         V = turned(V, turns, TURNS_Z)
         most = 0.3 * torch.rand(len(V), 1, generator=generator, device=V.device)
-        hidden = boxes(V, 0.05, 0.25, 40, generator, most)
+        hidden = boxes(V, 0.05, 0.25, 80, generator, most)
         maps = self.encoder(torch.where(hidden, noise(V, generator), V))
         x, z = upsampled(self.decoder, maps[-1], 32), pooled(maps)
         logits = self.rotation(z).float()
