@@ -2,8 +2,7 @@
 
 1. keys; 2. who trains, who chooses, who is reported; 3. sliding window; 4. back to the scan's own voxels;
 5. networks and losses; 6. scores of a case; 7. the four tasks; 8. predictions and scores of many cases.
-Axis letters: b batch, c channel, k class, n cases, x y z voxels (RAS+: to the patient's right, front, head).
-"""
+Axis letters: b batch, c channel, k class, n cases, x y z voxels (RAS+: to the patient's right, front, head)."""
 import csv
 import dataclasses
 import fnmatch
@@ -102,9 +101,8 @@ def check(cfg):
 
 def split_cases(cfg):
     """{"train": [case], "val": [case], "test": [case]} with a class number under "class" for classification.
-
-    One line for a subject on two sides, an empty part, a case without what the task needs. test = "val": val.
-    """
+    One line for a subject on two sides, an empty part, a case without what the task needs. test = "val":
+    val."""
     parts = {"train": data.find_cases(cfg)}
     for part, section in (("val", cfg.val_section), ("test", cfg.test_section)):
         if section:
@@ -286,7 +284,7 @@ def sliding_window(predict, volume, window, overlap, batch, blend="gaussian", de
 
 def three(value):
     """One number for all three axes, or a number per axis."""
-    value = (value,) * 3 if isinstance(value, (int, float)) else tuple(value)
+    value = (value,) * 3 if isinstance(value, int | float) else tuple(value)
     if len(value) != 3:
         raise ValueError(f"expected one number or three, found {value}")
     return value
@@ -650,9 +648,8 @@ def summarise(rows, cfg):
         table[grid] = {}
         for metric in scored:
             each = [row["scores"][grid][metric] for row in rows]
-            table[grid][metric] = {}
-            for part in dict.fromkeys(part for scores in each for part in scores):
-                table[grid][metric][part] = _summary([v.get(part, np.nan) for v in each])
+            parts = dict.fromkeys(part for scores in each for part in scores)
+            table[grid][metric] = {part: _summary([v.get(part, np.nan) for v in each]) for part in parts}
     return table
 
 
@@ -688,8 +685,10 @@ def preprocessing_differences(then, cfg):
     if not isinstance(then, dict):
         return []
     now = {key: value for key, value in data.preprocessing(cfg).items() if key not in ("labels", "remap")}
-    return [f"preprocessing differs: {key} was {then.get(key)!r} in training, is {value!r}"
-            for key, value in now.items() if json.dumps(then.get(key)) != json.dumps(value)]
+    kinds = [then | own for own in then.get("rules", {}).values()] or [then]        # of several modalities
+    return min(([f"preprocessing differs: {key} was {kind.get(key)!r} in training, is {value!r}"
+                 for key, value in now.items() if json.dumps(kind.get(key)) != json.dumps(value)]
+                for kind in kinds), key=len)
 
 
 def check_channels(scans, cfg):

@@ -9,8 +9,8 @@ Download, each under its own agreement:
     ADNI    adni.loni.usc.edu           data/ADNI/<subject 002_S_0295>/<description>/<date>/<I123456>/*.nii
 How many scans of each, which tracers and which doses make 3519 is not published; the full dose alone is taken
 here (ours). Patients whom udpet.py and adni.py test are among them, as presumably in the paper; finetune.py
-counts them, and --exclude=.. leaves them out. DICOM needs SimpleITK. A pattern of a set you do not have is an error: give
---scans="('ADNI/*/*/*/I*/*.nii',)".
+counts them, and --exclude=.. leaves them out. DICOM needs SimpleITK. A pattern of a set you do not have is an
+error: give --scans="('ADNI/*/*/*/I*/*.nii',)".
 """
 name = "pet"
 dataset = "pet"

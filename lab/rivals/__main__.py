@@ -31,9 +31,9 @@ import configs
 import data
 import pretrain
 import run
-from lab.rivals import contrast
+from lab.rivals import contrast, masking, puzzles
 
-METHODS = contrast.METHODS      # of every family
+METHODS = contrast.METHODS | masking.METHODS | puzzles.METHODS
 S2DC = 3 * 1 + 2        # what a step of S2DC counts per sample
 
 
