@@ -2,7 +2,7 @@
 
 1. keys; 2. who trains, who chooses, who is reported; 3. sliding window; 4. back to the scan's own voxels;
 5. networks and losses; 6. scores of a case; 7. the four tasks; 8. predictions and scores of many cases.
-Axis letters: b batch, c channel, k class, n cases, x y z voxels (RAS+: to the patient's right, front, head)."""
+Axis letters: b batch, c channel, k class, n cases, x y z voxels (RAS+: right, front, head)."""
 import csv
 import dataclasses
 import fnmatch
@@ -649,7 +649,7 @@ def summarise(rows, cfg):
         for metric in scored:
             each = [row["scores"][grid][metric] for row in rows]
             parts = dict.fromkeys(part for scores in each for part in scores)
-            table[grid][metric] = {part: _summary([v.get(part, np.nan) for v in each]) for part in parts}
+            table[grid][metric] = {p: _summary([v.get(p, np.nan) for v in each]) for p in parts}
     return table
 
 
