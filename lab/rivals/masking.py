@@ -189,14 +189,14 @@ class GLMAE(nn.Module):
         local = [v[:, x:x + half[0], y:y + half[1], z:z + half[2]] for v, (x, y, z) in zip(V, starts)]
         views = torch.cat([V, F.interpolate(torch.stack(local), V.shape[2:], mode="trilinear")])
         hidden, seen = hidden_patches(views, self.patch, self.share, generator), []
-        hook = self.encoder.register_forward_hook(lambda _, __, maps: seen.append(pooled(maps)))
+        hook = self.encoder.register_forward_hook(lambda _, __, maps: seen.append(maps[-1]))
         x = self.network(torch.where(hidden, rearrange(self.token, "c -> c 1 1 1"), views)).float()
         hook.remove()
         with torch.no_grad():
-            anchor = self.teacher[1](pooled(self.teacher[0](V))).float()
+            anchor = self.teacher[1](reduce(self.teacher[0](V)[-1], "b c x y z -> b c", "mean")).float()
             target = ((anchor - self.centre) / 0.04).softmax(1)
             self.centre.lerp_(anchor.mean(0), 0.1)
-        logits = self.head(seen[0]).float() / 0.1
+        logits = self.head(reduce(seen[0], "b c x y z -> b c", "mean")).float() / 0.1
         agree = 2 * F.cross_entropy(logits, torch.cat([target, target]))            # of the two views
         restore = 2 * masked_mean((x - views).square(), hidden)
         scores = F.normalize(logits[:len(V)], dim=1) @ F.normalize(anchor - self.centre, dim=1).T
