@@ -52,7 +52,7 @@ def program(main):
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SHUT = (errno.EACCES, errno.EPERM, errno.EROFS)
+SHUT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 def foreseen(error):
