@@ -352,11 +352,12 @@ def save_state(path, student, teacher, optimizer, queue, cfg, step):
                                 preprocessing=data.preprocessing(cfg)), keep=True)
 
 
-def save_encoder(path, student, cfg, step, origin, seen):
+def save_encoder(path, student, cfg, step, origin):
     """encoder.pt: what stage 2 reads. seen: data.known_as of the scans, for it to know whom it scores."""
     run.save(path, dict(format="s2dc/encoder", encoder=student.encoder.state_dict(),
                         arguments=student.encoder.arguments, preprocessing=data.preprocessing(cfg), step=step,
-                        name=cfg.name, commit=origin["commit"], torch=origin["torch"], seen=seen), keep=True)
+                        name=cfg.name, commit=origin["commit"], torch=origin["torch"], seen=origin["seen"]),
+             keep=True)
 
 
 def heading(cfg, scans, student, crop_grid, token_grid, ranks, first):
@@ -422,10 +423,11 @@ def main(argv):
     slabs = data.Slabs(scans, cfg, cfg.batch, cfg.seed)
     batches = run.batches(slabs, cfg, rank, ranks, first,
                           functools.partial(assemble, token_grid=token_grid, patch=cfg.token_patch))
-    origin, seen = run.versions(), sorted({data.known_as(f, cfg) for s in scans for f in s.case["images"]})
+    origin = run.versions()
     say(f"{ranks} x {origin['device']}, {'bfloat16' if bf16 else 'float32'}, "
         + heading(cfg, scans, student, crop_grid, token_grid, ranks, first))
     lock = run.start_log(folder, cfg, first, origin) if rank == 0 else None
+    origin["seen"] = sorted({data.known_as(file, cfg) for scan in scans for file in scan.case["images"]})
 
     sums, waited, counted = {}, 0.0, 0
     began = tick = time.time()
@@ -487,9 +489,9 @@ def main(argv):
                 run.write_log(folder, line)
             sums, waited, counted, tick = {}, 0.0, 0, now
         if rank == 0 and done in cfg.keep:
-            save_encoder(folder / f"encoder-{done}.pt", student, cfg, done, origin, seen)
+            save_encoder(folder / f"encoder-{done}.pt", student, cfg, done, origin)
         if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
-            save_encoder(folder / "encoder.pt", student, cfg, done, origin, seen)
+            save_encoder(folder / "encoder.pt", student, cfg, done, origin)
             save_state(folder / "last.pt", student, teacher, optimizer, queue, cfg, done)
     say(f"{cfg.steps} steps in {run.clock(time.time() - began)}; encoder: {folder}/encoder.pt")
     del lock            # another process may train under this name now

@@ -210,6 +210,9 @@ def start_log(folder, cfg, first, origin):
     """config.py as resolved; a log that ends at step `first`, where the run goes on, then says `origin`.
     Returns `lock(folder)`."""
     held = lock(folder)
+    ahead, before = folder / "encoder.pt", folder / "encoder.prev.pt"
+    if first and ahead.exists() and before.exists() and read_file(ahead)["step"] > first:
+        os.replace(before, ahead)       # a kill came between it and last.pt: it will be saved again
     with configs.replacing(folder / "config.py") as aside:
         aside.write_text(f'"""{folder.name}, as resolved."""\n{configs.dump(cfg)}\n')
     path = folder / "log.jsonl"

@@ -95,6 +95,16 @@ FORESEEN = [
 ]
 
 
+def test_an_encoder_ahead_of_the_checkpoint_gives_way_to_the_one_before(tmp_path):
+    """A kill between the two saves; else encoder.prev.pt would end as another step's than in an undisturbed run."""
+    for step in (2, 3):
+        run.save(tmp_path / "encoder.pt", dict(step=step), keep=True)
+    run.start_log(tmp_path, pretrain.Config(), 3, {})
+    assert run.read_file(tmp_path / "encoder.pt")["step"] == 3
+    run.start_log(tmp_path, pretrain.Config(), 2, {})
+    assert run.read_file(tmp_path / "encoder.pt")["step"] == 2 and not (tmp_path / "encoder.prev.pt").exists()
+
+
 @pytest.mark.parametrize("error, text", FORESEEN, ids=lambda x: type(x).__name__)
 def test_what_is_foreseen_is_one_line_and_the_rest_keeps_its_traceback(error, text, monkeypatch, capsys):
     said = run.foreseen(error)

@@ -174,6 +174,7 @@ def main(argv):
           + f"steps {first} to {plan.steps} cost what {cfg.steps} of S2DC do")
     print(f"{origin['device']}, {len(scans)} scans")
     lock = run.start_log(folder, cfg, first, origin)
+    origin["seen"] = sorted({data.known_as(file, cfg) for scan in scans for file in scan.case["images"]})
     train(cfg, plan, folder, first, network, optimizer, batches, device, origin)
     del lock            # another process may train under this name now
 
