@@ -501,11 +501,8 @@ def fill_cache(cases, cfg, say=print):
         except OSError as error:
             said = volumes.one_line(error)
             raise SystemExit(f"{folder}: cannot be made ({said}); give another --cache") from None
-        for left in folder.glob("*.tmp"):                           # of a killed run; a live one is younger
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - left.stat().st_mtime > 3600:
-                    left.unlink()
         reasons = _in_processes(todo, cfg, folder, say)
+        configs.sweep(folder)
         index = read_index(folder)
     good = [(case, n, index[n]) for case, n in zip(cases, names) if n in index and n not in reasons]
     return good, [reasons[n] for n in names if n in reasons]

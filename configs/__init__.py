@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import runpy
+import time
 import traceback
 import types
 
@@ -145,6 +146,23 @@ def numbers(values):
     return all(type(v) in (int, float) for v in values)
 
 
+@functools.cache
+def here():
+    """A name for this machine since it was started: of two with one host name, say on a shared disk, too."""
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id")
+    return f"{os.uname().nodename}-{boot.read_text()[:8] if boot.exists() else ''}"
+
+
+def sweep(folder):
+    """Remove what writers that were killed left in a folder: processes of here that are gone, or an hour ago."""
+    for left in pathlib.Path(folder).glob(".*.tmp"):
+        name, _, pid = left.name.removesuffix(".tmp").rpartition("-")
+        gone = name.endswith(here()) and not os.path.exists(f"/proc/{pid}") and os.path.exists("/proc")
+        with contextlib.suppress(FileNotFoundError):
+            if gone or time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
+
+
 @contextlib.contextmanager
 def replacing(path):
     """A file beside `path`, written first: it takes the name when the block ends, and is gone if that fails.
@@ -152,7 +170,7 @@ def replacing(path):
     So a reader, or a run that is killed, finds the old file or the whole new one.
     """
     path = pathlib.Path(path)                                   # no pattern for data finds the name beside it
-    aside = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{here()}-{os.getpid()}.tmp")
     try:
         yield aside
         with open(aside, "rb") as file:

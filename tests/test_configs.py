@@ -1,7 +1,10 @@
 """configs: one file of plain assignments, then --key=value, checked alike."""
 import ast
 import dataclasses
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -178,3 +181,15 @@ def test_a_key_stands_in_one_config():
     for script in (pretrain, finetune, evaluate, probe, figures):
         declared = [set(c.__annotations__) for c in script.Config.__mro__ if "__annotations__" in vars(c)]
         assert sum(map(len, declared)) == len(set().union(*declared))
+
+
+def test_sweep_takes_what_the_dead_and_the_long_gone_left(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = {f".a.npy.{configs.here()}-{dead.pid}.tmp": False, f".a.npy.{configs.here()}-{os.getpid()}.tmp": True,
+             ".a.npy.elsewhere-0000-1.tmp": True, ".b.npy.elsewhere-0000-1.tmp": False, "a.npy": True}
+    for name in names:
+        (tmp_path / name).touch()
+    os.utime(tmp_path / ".b.npy.elsewhere-0000-1.tmp", (0, 0))
+    configs.sweep(tmp_path)
+    assert {name: (tmp_path / name).exists() for name in names} == names
