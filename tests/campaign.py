@@ -13,6 +13,7 @@ import contextlib
 import gzip
 import io
 import json
+import locale
 import multiprocessing
 import os
 import random
@@ -110,13 +111,14 @@ def picture(folder, rng):
         for k, row in enumerate(values):
             Image.fromarray((row % 256).astype(np.uint8)).save(path / f"{k}.png")
     elif kind == "dicom":
-        path = folder / "series"
+        path, before = folder / "series", locale.setlocale(locale.LC_CTYPE)
         path.mkdir()
         for k, row in enumerate(values):
             image = sitk.GetImageFromArray(row[None])
             for tag, text in (("0020|000e", "1.2.3"), ("0020|0032", f"0\\0\\{2 * k}"), ("0020|0013", str(k))):
                 image.SetMetaData(tag, text)
             sitk.WriteImage(image, str(path / f"{k}.dcm"))
+        locale.setlocale(locale.LC_CTYPE, before)                   # GDCM leaves "C": open() would read ASCII
     else:
         path = folder / f"scan.{kind}"
         sitk.WriteImage(sitk.GetImageFromArray(values), str(path), useCompression=rng.random() < 0.3)
