@@ -154,7 +154,7 @@ def here():
 
 
 def sweep(folder):
-    """Remove what killed writers left in a folder: processes of here that are gone, or those of an hour ago."""
+    """Remove what killed writers left in a folder: processes of here that are gone, or of an hour ago."""
     for left in pathlib.Path(folder).glob(".*.tmp"):
         name, _, pid = left.name.removesuffix(".tmp").rpartition("-")
         gone = name.endswith(here()) and not os.path.exists(f"/proc/{pid}") and os.path.exists("/proc")
