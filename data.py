@@ -502,8 +502,8 @@ def fill_cache(cases, cfg, say=print):
             said = volumes.one_line(error)
             raise SystemExit(f"{folder}: cannot be made ({said}); give another --cache") from None
         reasons = _in_processes(todo, cfg, folder, say)
-        configs.sweep(folder)
         index = read_index(folder)
+    configs.sweep(folder)
     good = [(case, n, index[n]) for case, n in zip(cases, names) if n in index and n not in reasons]
     return good, [reasons[n] for n in names if n in reasons]
 

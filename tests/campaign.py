@@ -336,6 +336,13 @@ def compare(folder, expected):
             raise Wrong(f"{name} is not that of a run that was left alone")
 
 
+def child_of(process, parent):
+    try:
+        return int((process / "stat").read_text().rpartition(")")[2].split()[1]) == parent
+    except OSError:                                                 # it has ended
+        return False
+
+
 def kill(folder, rng):
     """A stage that is killed at a random moment, caching included, and started again until it is done."""
     name = rng.choice(sorted(STAGES))
@@ -344,8 +351,11 @@ def kill(folder, rng):
     for _ in range(rng.randrange(1, 4)):
         process = train(name, folder, place)
         process.join(rng.uniform(0, 1.1) * seconds)
+        workers = [p for p in Path("/proc").iterdir() if p.name.isdigit() and child_of(p, process.pid)]
         process.kill()
         process.join()
+        while any(worker.exists() for worker in workers):           # they end by themselves, soon
+            time.sleep(0.01)
         _shared["kills"] = _shared.get("kills", 0) + (process.exitcode == -signal.SIGKILL)
     finish(name, folder, place)
     compare(folder, expected)
