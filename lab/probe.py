@@ -123,16 +123,18 @@ def organ_tokens(encoder, scans, cfg, device, overlap=None):
 
 
 @torch.no_grad()
-def correspondence_accuracy(encoder, scans, cfg, device):
+def correspondence_accuracy(encoder, scans, cfg, device, blank=False):
     """Share of matched tokens whose most similar token of V' (cosine of features) is the true partner. V' is
-    moved by the config's rotation, scale, shear and shift, one slab a scan."""
+    moved by the config's rotation, scale, shear and shift, one slab a scan. blank: of the same matches with
+    nothing to be seen in either view: what a token's place in its crop, known by the padding, gives away."""
     slabs, found = data.Slabs(scans, cfg, 1, cfg.seed), []
     p, grid = cfg.token_patch, tuple(s // cfg.token_patch for s in cfg.slab)
     for n, scan in enumerate(scans):
         batch = data.collate([slabs.sample(scan, np.random.default_rng((cfg.seed, n)))])
         valid, valid_ = batch["valid"], batch["valid_"]
         _, i, j = data.matches(batch["H"], grid, p).T
-        maps = [encode(encoder, view[0], cfg.crop, p, device) for view in data.views(batch, cfg)[:2]]
+        views = [view[0] * (not blank) for view in data.views(batch, cfg)[:2]]
+        maps = [encode(encoder, view, cfg.crop, p, device) for view in views]
         q, k = (rearrange(features, "c i j k -> 1 (i j k) c") for features in maps)
         sim = losses.similarity(q, k)[0].masked_fill(~valid_, -2)
         found += (sim.argmax(1)[i] == j)[valid[0, i] & valid_[0, j]].tolist()
@@ -300,29 +302,33 @@ def measure(cfg, device):
     if cfg.probe_random:
         files = ["random", *files]
     rows = [["encoder", "linear probe", "k-NN", "silhouette cos", "silhouette eucl", "effective rank",
-             "correspondence", "crop top-1", "L_g top-1", "L_g"]]
+             "correspondence", "of blanks", "crop top-1", "L_g top-1", "L_g"]]
     for path in dict.fromkeys(files):                               # each once
         encoder = load_encoder(path, cfg, device)
         x, y, n = organ_tokens(encoder, scans, cfg, device)
         sets = x[n < first], y[n < first], x[n >= first], y[n >= first]
         linear, near = (score(*sets, cfg.seed, cfg.probe_limit) for score in (linear_probe, knn_probe))
         cosine, euclidean = (silhouette(*sets[2:], metric) for metric in ("cosine", "euclidean"))
-        rank, found = effective_rank(sets[2]), correspondence_accuracy(encoder, scans[first:], cfg, device)
+        rank = effective_rank(sets[2])
+        found, place = (correspondence_accuracy(encoder, scans[first:], cfg, device, blank)
+                        for blank in (False, True))
         pooled = functools.partial(_pooled, encoder)
         crops = crop_recognition(pooled, pooled, scans[first:], cfg, device)
         heads = load_heads(path, cfg, device)
         L_g = crop_recognition(*heads, scans[first:], cfg, device) if heads else {}
         results[path] = dict(linear=linear, knn=near, silhouette_cosine=cosine,
                              silhouette_euclidean=euclidean, effective_rank=rank, correspondence=found,
-                             crops=crops, L_g=L_g, tokens=[len(sets[0]), len(sets[2])])
+                             correspondence_of_blanks=place, crops=crops, L_g=L_g,
+                             tokens=[len(sets[0]), len(sets[2])])
         values = [linear["balanced_accuracy"], near["balanced_accuracy"], cosine[0], euclidean[0], rank,
-                  found, crops["top1"], L_g.get("top1"), L_g.get("nce")]
+                  found, place, crops["top1"], L_g.get("top1"), L_g.get("nce")]
         rows.append([path, *["-" if value is None else f"{value:.3f}" for value in values]])
     print(evaluate.text_table(rows))
     classes = len(np.unique(y))
     print("(linear probe and k-NN: balanced accuracy over organs, 1 all right, chance "
           f"{1 / classes:.3f}; silhouette: 1 apart, 0 mixed; correspondence: share of tokens found again "
-          "after the config's moves; top-1: share of 64 crops whose twin is the most similar of all 64, "
+          "after the config's moves, of blanks: with nothing to be seen, by their place; top-1: share of 64 "
+          "crops whose twin is the most similar of all 64, "
           f"chance {crops['top1_chance']:.3f}, by the encoder's pooled features or by L_g's embeddings (of a "
           f"last.pt), and Eq. 1 among them, chance {crops['nce_chance']:.2f})")
     return results

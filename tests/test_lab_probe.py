@@ -197,10 +197,15 @@ def test_command_scores_the_second_scan_by_the_first(spheres, tmp_path, capsys):
     nearest = np.where(valid_, sim, -2).argmax(1)
     expected = sum(M[i, nearest[i]] for i in range(len(M))) / M.sum()
     assert number["correspondence"] == pytest.approx(expected, abs=0.005)
+    blank = rearrange(encoder(torch.zeros(1, 1, 64, 64, 64))[2][0], "c x y z -> (x y z) c").numpy()
+    sim = np.where(valid_, [[cosine(a, b) for b in blank] for a in blank], -2)
+    found = [M[i, j] for i, j in enumerate(sim.argmax(1)) if M[i].any()]
+    assert number["correspondence_of_blanks"] == pytest.approx(sum(found) / M.sum(), abs=0.02)     # near ties
     row, = (columns for columns in table if columns and columns[0] == file)
     linear, near = (number[kind]["balanced_accuracy"] for kind in ("linear", "knn"))
     crops = number["crops"]["top1"]
-    assert row[1:3] + row[6:] == [f"{score:.3f}" for score in (linear, near, number["correspondence"], crops)] + ["-", "-"]
+    scores = linear, near, number["correspondence"], number["correspondence_of_blanks"], crops
+    assert row[1:3] + row[6:] == [f"{score:.3f}" for score in scores] + ["-", "-"]
 
 
 def test_crops_are_recognised_among_the_twins_of_one_teacher(spheres, tmp_path):
