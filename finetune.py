@@ -52,6 +52,7 @@ class Config(tasks.Config):
     batch: int = 4                  # crops per optimizer step over all processes = cases x crops_per_case
     accumulate: int = 1
     bf16: bool = True               # bfloat16 autocast on GPUs that have it
+    bf16_cpu: bool = False          # the same on CPUs that have it (AMX, AVX512-BF16)
     compile: bool = False
     log_every: int = 20             # steps
     eval_every: int = 1200          # steps between validations; released code: 50 epochs
@@ -212,7 +213,7 @@ def main(argv):
         restore(state, network, optimizer)
         say(f"resumed from {folder}/last.pt at step {first}")
     model = run.parallel(network, ranks, device)
-    bf16 = cfg.bf16 and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = run.bfloat16(cfg, device)
     task = tasks.TASKS[cfg.task]
     batches = run.batches(crops_of(train, parts["train"], cfg), cfg, rank, ranks, first, data.collate)
     subjects = sorted({case["subject"] for case in parts["train"]})

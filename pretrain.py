@@ -88,6 +88,7 @@ class Config(data.Config):
     batch: int = 1                  # slabs per optimizer step over all processes; released code
     accumulate: int = 1             # forward-backward passes that share one optimizer step
     bf16: bool = True               # bfloat16 autocast on GPUs that have it; ours (released code float32)
+    bf16_cpu: bool = False          # the same on CPUs that have it (AMX, AVX512-BF16); ours
     compile: bool = False           # torch.compile the encoders
     # record
     log_every: int = 20             # steps
@@ -417,7 +418,7 @@ def main(argv):
         restore(state, student, teacher, optimizer, queue)
         say(f"resumed from {folder}/last.pt at step {first}")
     model = run.parallel(student, ranks, device)
-    bf16 = cfg.bf16 and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = run.bfloat16(cfg, device)
     crop_grid = tuple(s // c for s, c in zip(cfg.slab, cfg.crop))
     token_grid = tuple(s // cfg.token_patch for s in cfg.slab)
     slabs = data.Slabs(scans, cfg, cfg.batch, cfg.seed)

@@ -127,6 +127,16 @@ def join(ranks, local, folder, first):
     return device
 
 
+def bfloat16(cfg, device):
+    """Whether products are computed in bfloat16: where the hardware does it, on a GPU by default, on a CPU if
+    cfg.bf16_cpu asks for it; exits where a CPU would have to emulate it."""
+    if device.type == "cuda":
+        return cfg.bf16 and torch.cuda.is_bf16_supported(including_emulation=False)
+    if cfg.bf16_cpu and not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+        raise SystemExit("bf16_cpu: this CPU multiplies no bfloat16 (AMX or AVX512-BF16), it would be slower")
+    return cfg.bf16_cpu
+
+
 def parallel(network, ranks, device):
     """The network, or around it what averages the gradients of several processes in backward."""
     if ranks == 1:

@@ -193,3 +193,17 @@ def test_every_place_of_the_global_batch_is_worked_on_once_a_step(ranks, accumul
     for k, step in enumerate((2, 3, 4)):
         done = [one for mine in passes for one in mine[k * accumulate:(k + 1) * accumulate]]
         assert sum(done, []) == [(step, place) for place in range(batch)]
+
+
+@pytest.mark.parametrize("amx, avx512, asked, found", [
+    (False, False, False, False), (True, False, False, False), (True, False, True, True), (False, True, True, True)])
+def test_bfloat16_on_a_cpu_is_asked_for_and_never_emulated(monkeypatch, amx, avx512, asked, found):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    cpu = torch.device("cpu")
+    assert run.bfloat16(pretrain.Config(bf16_cpu=asked), cpu) is found
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    if asked:
+        with pytest.raises(SystemExit, match="bf16_cpu: this CPU multiplies no bfloat16"):
+            run.bfloat16(pretrain.Config(bf16_cpu=True), cpu)

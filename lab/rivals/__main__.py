@@ -181,7 +181,7 @@ def main(argv):
 
 def train(cfg, plan, folder, first, network, optimizer, batches, device, origin):
     """Steps `first` to plan.steps."""
-    bf16 = cfg.bf16 and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = run.bfloat16(cfg, device)
     learned = [p for p in network.parameters() if p.requires_grad]
     sums, waited, counted = {}, 0.0, 0
     began = tick = time.time()
