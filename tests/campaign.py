@@ -348,7 +348,7 @@ def kill(folder, rng):
     name = rng.choice(sorted(STAGES))
     place, expected, seconds = phantoms(name)
     folder = folder / "run"
-    for _ in range(rng.randrange(1, 4)):
+    for _ in range(rng.randrange(1, 12)):
         process = train(name, folder, place)
         process.join(rng.uniform(0, 1.1) * seconds)
         workers = [p for p in Path("/proc").iterdir() if p.name.isdigit() and child_of(p, process.pid)]
@@ -396,8 +396,9 @@ def trials(family, count, seed=0, first=0):
             wrong.append((number, f"{type(error).__name__}: {error}"))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        if family in ("kills", "disks") and number % 50 == 49:      # these take long
-            print(f"{family}: {number + 1} trials, {len(wrong)} wrong", file=sys.stderr, flush=True)
+        if family in ("kills", "disks") and number % 10 == 9:      # these take long
+            kills = f" ({_shared.get('kills', 0)} kills)"
+            print(f"{family}: {number + 1} trials{kills}, {len(wrong)} wrong", file=sys.stderr, flush=True)
     return wrong
 
 
