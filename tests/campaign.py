@@ -263,7 +263,7 @@ STAGES = dict(pretrain=["configs/demo.py", "--slab=(64,32,32)", "--hidden=16", "
                         "--label=demo_ct/train/labelsTr/phantom_{id}.nii.gz", "--val=002",
                         "--test=003", "--label_fraction=1.0", "--eval_every=2", "--overlap=0"])
 SMALL = ["--crop=(64,32,32)", "--feature_size=4", "--num_heads=(1,1,1,1)", "--depths=(1,1,1,1)", "--batch=2",
-         "--window_size=4", "--warmup=1", "--workers=0", "--log_every=1", "--save_every=1", "--steps=4",
+         "--window_size=4", "--warmup=1", "--workers=0", "--log_every=1", "--save_every=1", "--steps=6",
          "--name=r"]
 _shared = {}
 
@@ -350,7 +350,7 @@ def kill(folder, rng):
     folder = folder / "run"
     for _ in range(rng.randrange(1, 12)):
         process = train(name, folder, place)
-        process.join(rng.uniform(0, 1.1) * seconds)
+        process.join(rng.uniform(0, rng.choice([0.4, 1.1])) * seconds)
         workers = [p for p in Path("/proc").iterdir() if p.name.isdigit() and child_of(p, process.pid)]
         process.kill()
         process.join()
