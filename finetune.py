@@ -178,8 +178,12 @@ def build(cfg, device, new, parts, say):
 
 def restore(state, network, optimizer):
     """What a resumed run takes from last.pt beside step and best score; the keys are those of save_state."""
-    network.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        network.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (KeyError, RuntimeError, ValueError):
+        raise SystemExit(f"{state['config']['name']}: last.pt is of another version of this program, which "
+                         "cannot go on from it; give --name=another, --init takes its best.pt") from None
 
 
 def save_state(path, kept, optimizer, best):

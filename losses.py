@@ -156,6 +156,7 @@ def patch_to_patch(log_M_hat, M_gt):
 @full_precision
 def sharpe_ratio(sim, dim, valid=None):
     """Eq. 6: sr_n = (max(D_n) - mean(D_n)) / sigma(D_n), D_n: similarities of token n with the other view's.
+    Above `block` tokens (see s2dc_loss) `row_sharpe_ratio` computes the same: change both.
     sim (b, t, t);  dim 2: sr of V's tokens, D_n are rows; 1: of V' tokens, columns;  valid: of the other view
     returns (b, t)  in [0, sqrt(t)]; low: many similar patches, a structure; high: one peak; 0 over no tokens
     sigma is the population standard deviation (the text says variance; Sharpe and the released code take the

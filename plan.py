@@ -74,7 +74,8 @@ def rooted(cfg):
 def plain_name(pattern):
     """A name for the config from the folders of a pattern."""
     parts = [part for part in Path(pattern).parts[:-1] if not re.search(r"[*?\[{]", part)]
-    return re.sub(r"\W+", "_", (parts or ["my_scans"])[0].lower())
+    own = [part for part in parts if not part.startswith(("images", "labels"))]     # folders of any data set
+    return re.sub(r"\W+", "_", (own or parts or ["my_scans"])[0].lower())
 
 
 def looked_at(cases):

@@ -184,13 +184,14 @@ def resume(folder, cfg, free, say):
         raise SystemExit(str(error)) from None
     now, then = dataclasses.asdict(cfg), dataclasses.asdict(type(cfg)()) | state["config"]
     changed = [key for key in now if key not in free and then[key] != now[key]]
-    said = "; ".join(f"{key} was {then[key]!r}, now {now[key]!r}" for key in changed[:4])
     may = [key for key in changed if (key == "steps" and now[key] > then[key]) or
            (key == "lr" and now[key] < then[key])]
-    if may != changed:
+    wrong = [key for key in changed if key not in may]
+    said = "; ".join(f"{key} was {then[key]!r}, now {now[key]!r}" for key in (wrong or may)[:8])
+    if wrong:
         raise SystemExit(f"{path} belongs to another configuration: {said}. "
                          f"Give --name=another, or remove {folder}")
-    if changed:
+    if may:
         step = state["step"]
         say(f"{said}: from step {step} on the rate is {lr_at(step, cfg):.3g}, falling to {cfg.min_lr:.3g}")
     return state

@@ -12,7 +12,7 @@ STOIC21, HNSCC and LIDC-IDRI need SimpleITK):
     FLARE23             4000    FLARE23/imagesTr2200/, FLARE23/unlabeledTr1800/ flare 2023 challenge
     HNSCC               1071    HNSCC/<patient>/<study>/<CT series>/*.dcm       TCIA
     LIDC-IDRI            589    LIDC-IDRI/<patient>/<study>/<CT series>/*.dcm   TCIA
-The released code's lists add up to 10,452 scans. TCIA folders hold other series too (structure sets, PET):
+These are 10,546, the released code's lists 10,452 (of COVID-19 722, say). TCIA folders hold other series too (structure sets, PET):
 keep the CT series or name the others under `exclude`; python data.py configs/ct.py names every file that
 cannot be used. LUNA16 is a part of LIDC-IDRI and FLARE23 gathers older public sets, so scans come twice, and
 images (never labels) of MSD may be among them: say so when a downstream score on MSD is reported.
