@@ -180,7 +180,8 @@ def shots_table(results, cfg):
 
 def table(results, cfg):
     """The tables of what was asked for, and what they cost."""
-    texts = [probe_table(results, cfg)] * cfg.probes + [shots_table(results, cfg)] * bool(cfg.shots)
+    tables = (probe_table, cfg.probes), (shots_table, cfg.shots)
+    texts = [make(results, cfg) for make, asked in tables if asked]
     minutes = sum(part["minutes"] for outcome in results.values() for part in outcome.values())
     seeds = ", ".join(map(str, cfg.seeds))
     texts.append(f"Mean (seeds {seeds}); {minutes:.0f} minutes of processes, {cfg.jobs} at a time.")

@@ -114,7 +114,9 @@ def test_scores_of_few_labels_are_paired_case_by_case_and_seed_by_seed():
                for row, add, mm in (("scratch", 0, 20.0), ("all", better, 10.0))}
     cfg = study.Config(rows={"scratch": None, "all": {}}, seeds=(3, 4), shots={"scratch": (4,), "all": (4,)},
                        hd95=True, probes=False)
-    scratch, tuned = study.shots_table(results, cfg).splitlines()[2:]
+    results = {key: {k: v | {"minutes": 1.5} for k, v in parts.items()} for key, parts in results.items()}
+    _, _, scratch, tuned, _, minutes = study.table(results, cfg).splitlines()
+    assert minutes.startswith("Mean (seeds 3, 4); 6 minutes")
     means = [of[seed].mean() for seed in (3, 4)]
     assert scratch == (f"| 4 | scratch | {np.mean(means):.3f} ({means[0]:.3f}, {means[1]:.3f}) "
                        "| 20.0 (20.0, 20.0) |  |")
