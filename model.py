@@ -46,14 +46,14 @@ def convolve(conv, x):
     channels last, and one small volume as two halves of a batch, which torch would else do without it."""
     if x.device.type != "cpu" or x.dtype == torch.float64:
         return conv(x)
-    nx = x.shape[2]
+    nx, half = x.shape[2], (x.shape[2] + 1) // 2
     if len(x) == 1 and nx > 1 and x.shape[1:4].numel() <= 20480:    # as torch's ConvParams::use_mkldnn asks
-        half = (nx + 1) // 2
         x = F.pad(x, (0, 0, 0, 0, 1, 1 + nx % 2)).contiguous(memory_format=torch.channels_last_3d)
         x = torch.cat([x[:, :, : half + 2], x[:, :, half:]])        # each with the layer beyond its end
         x = F.conv3d(x, conv.weight, conv.bias, padding=(0, 1, 1))
         return rearrange(x, "s c x y z -> 1 c (s x) y z", s=2)[:, :, :nx].contiguous()
-    return conv(x.contiguous(memory_format=torch.channels_last_3d)).contiguous()
+    blocked = x.shape[1] % 16 == 0 == conv.out_channels % 16        # oneDNN's own order of channels fits
+    return conv(x if blocked else x.contiguous(memory_format=torch.channels_last_3d)).contiguous()
 
 
 class LayerNorm(nn.LayerNorm):
