@@ -35,7 +35,8 @@ from scipy import ndimage
 
 import configs
 import volumes
-from volumes import VolumeError, read_stored, read_volume, spacing_of  # noqa: F401 (also data.read_volume)
+from volumes import VolumeError, read_stored, spacing_of
+from volumes import read_volume as read_volume
 
 
 @dataclasses.dataclass
@@ -979,8 +980,8 @@ def moved_crops(batch, cfg):
 
 # ---------------------------------------------------------------------------------------------------- program
 
-def summary(good):
-    """Text table of what the usable scans are like."""
+def summary(good, cfg):
+    """Text table of what the usable scans are like; ranges are compared within each of cfg.rules."""
     records = [record for _, _, record in good]
     rows = [("", "least", "median", "largest")]
     for name, form, values in (("shape, as stored", "{:.0f}", [r["stored_shape"] for r in records]),
@@ -997,8 +998,12 @@ def summary(good):
     ids = collections.Counter(k for r in records for k in r.get("ids", ()))
     if ids:
         lines.append("label ids (scans): " + ", ".join(f"{k} ({n})" for k, n in sorted(ids.items())))
-    reach = np.array([r["range"][1] - r["range"][0] for r in records])
-    far = [case["id"] for (case, _, _), n in zip(good, reach) if not 0.1 < n / np.median(reach) < 10]
+    reach = {case["id"]: r["range"][1] - r["range"][0] for case, _, r in good}
+    far = []
+    for pattern in cfg.rules or ("*",):
+        alike = fnmatch.filter(reach, pattern)
+        usual = np.median([reach[name] for name in alike]) if alike else 0.0
+        far += [name for name in alike if not 0.1 < reach[name] / usual < 10]
     if far:
         lines.append(f"ranges more than ten times wider or narrower than the others', {len(far)} scans: "
                      f"{', '.join(far[:8])}; look at them, or give zscore_over = 'robust'")
@@ -1023,7 +1028,8 @@ def main(argv):
     print(f"{len(cases)} cases below {root(cfg)}")
     good, reasons = fill_cache(cases, cfg)
     if good:
-        print("\n".join([summary(good), *filling(good, [arg for arg in argv if not arg.startswith("--")])]))
+        files = [arg for arg in argv if not arg.startswith("--")]
+        print("\n".join([summary(good, cfg), *filling(good, files)]))
         print(f"{len(good)} usable scans in {cache_folder(cfg)}")
     for reason in reasons:
         print(f"unusable  {reason}")

@@ -178,12 +178,9 @@ def build(cfg, device, new, parts, say):
 
 def restore(state, network, optimizer):
     """What a resumed run takes from last.pt beside step and best score; the keys are those of save_state."""
-    try:
+    with run.of_this_version(state):
         network.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    except (KeyError, RuntimeError, ValueError):
-        raise SystemExit(f"{state['config']['name']}: last.pt is of another version of this program, which "
-                         "cannot go on from it; give --name=another, --init takes its best.pt") from None
 
 
 def save_state(path, kept, optimizer, best):
@@ -240,8 +237,7 @@ def main(argv):
             batch = next(batches)
             waited += time.time() - start
             cases += batch["id"]
-            batch = {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-                     for key, value in batch.items()}
+            batch = run.to_device(batch, device)
             with torch.no_grad():
                 image, label, target = data.moved_crops(batch, cfg)
             model.require_backward_grad_sync = a == cfg.accumulate - 1  # gradients travel once

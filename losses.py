@@ -342,7 +342,8 @@ class Logsumexps(torch.autograd.Function):
         ctx.save_for_backward(q, k, valid, valid_, rows, columns)
         ctx.temperature, ctx.size = temperature, size
         ctx.mark_non_differentiable(nearest, most_)
-        return rows.log() + 1 / temperature, columns.log() + 1 / temperature, nearest, most_
+        row, column = (n.log().clamp(min=LOW) + 1 / temperature for n in (rows, columns))
+        return row, column, nearest, most_
 
     @staticmethod
     def backward(ctx, g_rows, g_columns, *_):

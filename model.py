@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 MERGING = (0, 4, 2, 1, 6, 5, 3, 7)       # MONAI's "merging" since January 2025; its "mergingv2" is ours
 LEGACY = (0, 4, 2, 1, 5, 2, 1, 7)        # MONAI's "merging" before: 010 and 001 twice, 110 and 011 never
 
-double = functools.partial(nn.ConvTranspose3d, kernel_size=2, stride=2, bias=False)
+doubling = functools.partial(nn.ConvTranspose3d, kernel_size=2, stride=2, bias=False)
 for operation in (rearrange, reduce):
     torch.compiler.allow_in_graph(operation)    # else torch.compile is busy tracing einops' own Python
 
@@ -225,7 +225,7 @@ class Up(nn.Module):
 
     def __init__(self, channels, channels_out):
         super().__init__()
-        self.up = double(channels, channels_out)
+        self.up = doubling(channels, channels_out)
         self.mix = ResidualConv(2 * channels_out, channels_out)
 
     def forward(self, x, skip):
@@ -361,8 +361,8 @@ class UNETR(nn.Module):
         widths = [width, 8 * feature_size, 4 * feature_size, 2 * feature_size, feature_size]
         self.skips = nn.ModuleList([ResidualConv(in_channels, feature_size)])
         for c, more in zip(widths[3:0:-1], (2, 1, 0)):      # of the ViT's maps, doubled 3, 2, 1 times an axis
-            lift = [(double(c, c), ResidualConv(c, c)) for _ in range(more)]
-            self.skips.append(nn.Sequential(double(width, c), *sum(lift, ())))
+            lift = [(doubling(c, c), ResidualConv(c, c)) for _ in range(more)]
+            self.skips.append(nn.Sequential(doubling(width, c), *sum(lift, ())))
         self.ups = nn.ModuleList(Up(*pair) for pair in zip(widths, widths[1:]))
         self.out = nn.Conv3d(feature_size, out_channels, 1)
         self.apply(initialise)

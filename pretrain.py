@@ -217,8 +217,7 @@ def negatives_of(cfg, step_keys, step_allowed, queue, subjects):
 def taught(batch, teacher, cfg, device, bf16):
     """The batch on the device, V, and of the teacher the tokens of V', the unit keys of its crops and the
     twin, and their pooled features."""
-    batch = {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-             for key, value in batch.items()}
+    batch = run.to_device(batch, device)
     V, V_, twin = data.views(batch, cfg)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         tokens_, keys, pooled = teacher(V_, crops_seen(batch["valid_"], cfg), twin)
@@ -310,6 +309,13 @@ def open_scans(cfg, ranks, local, folder, first, say):
     return scans, device
 
 
+def adamw(network, cfg):
+    """AdamW of all that learns, under which matrices and kernels alone decay."""
+    learned = [p for p in network.parameters() if p.requires_grad]
+    return torch.optim.AdamW([dict(params=[p for p in learned if p.ndim > 1], weight_decay=cfg.decay),
+                              dict(params=[p for p in learned if p.ndim <= 1], weight_decay=0.0)], lr=cfg.lr)
+
+
 def build(cfg, device, new):
     """Student, teacher, optimizer and queue before the first step; a new run may start from cfg.init."""
     torch.manual_seed(cfg.seed)
@@ -323,25 +329,18 @@ def build(cfg, device, new):
     if cfg.compile:
         student.encoder.compile()
         teacher.encoder.compile()
-    matrices = [p for p in student.parameters() if p.ndim > 1]
-    vectors = [p for p in student.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=cfg.decay),
-                                   dict(params=vectors, weight_decay=0.0)], lr=cfg.lr)
-    return student, teacher, optimizer, Queue(cfg.queue, cfg.embedding, device)
+    return student, teacher, adamw(student, cfg), Queue(cfg.queue, cfg.embedding, device)
 
 
 def restore(state, student, teacher, optimizer, queue):
     """What a resumed run takes from last.pt beside its step; the keys are those of save_state."""
-    try:
+    with run.of_this_version(state):
         student.load_state_dict(state["student"])
         teacher.load_state_dict(state["teacher"])
         optimizer.load_state_dict(state["optimizer"])
         queue.keys.copy_(state["queue"])
         queue.subjects.copy_(state["queue_subjects"])
         queue.count = state["queue_count"]
-    except (KeyError, RuntimeError, ValueError):
-        raise SystemExit(f"{state['config']['name']}: last.pt is of another version of this program, which "
-                         "cannot go on from it; give --name=another, --init takes its encoder.pt") from None
 
 
 def save_state(path, student, teacher, optimizer, queue, cfg, step):
@@ -428,6 +427,7 @@ def main(argv):
     say(f"{ranks} x {origin['device']}, {'bfloat16' if bf16 else 'float32'}, "
         + heading(cfg, scans, student, crop_grid, token_grid, ranks, first))
     lock = run.start_log(folder, cfg, first, origin) if rank == 0 else None
+    # for the encoder's file, not for the log
     origin["seen"] = sorted({data.known_as(file, cfg) for scan in scans for file in scan.case["images"]})
 
     sums, waited, counted = {}, 0.0, 0

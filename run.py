@@ -2,6 +2,7 @@
 
 A run's folder is runs/<name>; `rank` counts its processes, `local` those on one machine.
 """
+import contextlib
 import dataclasses
 import datetime
 import errno
@@ -152,6 +153,12 @@ def batches(samples, cfg, rank, ranks, first, collate):
                                             collate_fn=collate, pin_memory=torch.cuda.is_available()))
 
 
+def to_device(batch, device):
+    """The batch with its tensors on the device."""
+    return {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+            for key, value in batch.items()}
+
+
 def lr_at(step, cfg):
     """Learning rate of step 0 .. steps - 1, by the step alone: linear warm-up, then half a cosine."""
     if step < cfg.warmup:
@@ -195,6 +202,17 @@ def resume(folder, cfg, free, say):
         step = state["step"]
         say(f"{said}: from step {step} on the rate is {lr_at(step, cfg):.3g}, falling to {cfg.min_lr:.3g}")
     return state
+
+
+@contextlib.contextmanager
+def of_this_version(state):
+    """Around what takes its parts from the state of a last.pt: one line where those are not in it."""
+    try:
+        yield
+    except (KeyError, RuntimeError, ValueError):
+        raise SystemExit(f"{state['config']['name']}: last.pt is of another version of this program, which "
+                         "cannot go on from it; give --name=another, --init takes its encoder.pt or "
+                         "best.pt") from None
 
 
 def lock(folder):

@@ -170,10 +170,6 @@ def step_config(crops):
                            fill_share=0, workers=0, checkpointing=False, compile=CUDA)
 
 
-def on_device(batch):
-    return {key: value.to(DEVICE) if torch.is_tensor(value) else value for key, value in batch.items()}
-
-
 def step(rounds=3):
     """A pre-training step of true size (2 crops on a CPU, 16 on a GPU) beside the released recipe's work."""
     with tempfile.TemporaryDirectory() as folder:
@@ -230,7 +226,7 @@ class Released(nn.Module):
 def released_step(cfg, batch, peer):
     """Three teacher passes of all crops, one of the student, Sinkhorn of 100 iterations for every layer of
     tokens in z, in a Python loop; the update of the teacher before its forward."""
-    V, V_, _ = data.views(on_device(batch), cfg)
+    V, V_, _ = data.views(run.to_device(batch, DEVICE), cfg)
     cut = partial(rearrange, pattern="b c (ni x) (nj y) (nk z) -> (b ni nj nk) c x y z", x=96, y=96, z=96)
     with torch.no_grad():
         for slow, fast in zip(peer.teacher.parameters(), peer.student.parameters()):
@@ -243,9 +239,9 @@ def released_step(cfg, batch, peer):
     query = F.normalize(peer.student[2](maps.mean((2, 3, 4)))[:1], dim=1)
     loss = losses.info_nce(query, keys[:1], torch.cat([keys[1:], peer.queue]), 0.9)
     layers = [rearrange(x, "(n i j k) c -> k (n i j) c", i=3, j=3, k=3) for x in (tokens, tokens_)]
-    for q, k in zip(*layers):
-        plan = losses.sinkhorn(losses.similarity(q[None], k[None]), 1.0, torch.ones((), device=DEVICE))
-        match = torch.eye(len(q), dtype=torch.bool, device=DEVICE)[None]
+    for q, k in zip(*(rearrange(x, "k t c -> k 1 t c") for x in layers)):
+        plan = losses.sinkhorn(losses.similarity(q, k), 1.0, torch.ones((), device=DEVICE))
+        match = torch.eye(q.shape[1], dtype=torch.bool, device=DEVICE).expand(1, -1, -1)
         loss = loss + losses.patch_to_patch(plan, match) / 3
     peer.optimizer.zero_grad()
     loss.backward()
@@ -273,7 +269,7 @@ def token_losses(rounds=3, c=64):
     for grid, patch in (((12, 12, 3), 32), ((24, 24, 6), 16), ((48, 48, 12), 8)):
         n, centre = grid[0] * grid[1] * grid[2], (191.5, 191.5, 47.5)
         H = data.random_affine(np.random.default_rng(0), centre, (5, 5, 30), (0.9, 1.2), 0.05, (24, 24, 8))
-        pairs = data.matches(H[None], grid, patch).to(DEVICE)
+        pairs = data.matches(rearrange(H, "i j -> 1 i j"), grid, patch).to(DEVICE)
         q, k = (torch.randn(1, n, c, device=DEVICE) for _ in range(2))
         q.requires_grad_()
 
@@ -316,7 +312,7 @@ def loading(count=6):
             for k in range(count):
                 batch = pretrain.assemble([slabs[k, 0]], (12, 12, 3), 32)
                 if views:
-                    data.views(on_device(batch), cfg)
+                    data.views(run.to_device(batch, DEVICE), cfg)
         compare(f"{count} slabs", {"ours": partial(cut, False), "ours, views too": partial(cut, True),
                                    "MONAI": lambda: [peer(file) for file in files]}, 1)
         for workers in (1, 2):

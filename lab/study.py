@@ -168,7 +168,9 @@ def shots_table(results, cfg):
             found = [results[f"{row}-{seed}"][str(shots)]["value"] for seed in cfg.seeds]
             columns = [cells([np.nanmean(list(f["dice"].values())) for f in found])]
             if cfg.hd95:
-                columns.append(cells([np.nanmean(list(f["hd95"].values())) for f in found], "{:.1f}"))
+                far = np.array([list(f["hd95"].values()) for f in found])
+                missed = f", {n} missed" if (n := np.isnan(far).sum()) else ""      # an empty mask has none
+                columns.append(cells(list(np.nanmean(far, axis=1)), "{:.1f}") + missed)
             dice = np.mean([list(f["dice"].values()) for f in found], axis=0)
             if first is None:
                 first, columns = dice, [*columns, ""]

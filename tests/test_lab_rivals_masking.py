@@ -85,20 +85,6 @@ def test_restored_is_1_for_each_shortcut_and_0_for_the_truth():
     assert masking.restored(guess, truth, hidden, guess)["of_near"] == pytest.approx(1)
 
 
-def test_nt_xent_pair_by_pair():
-    torch.manual_seed(0)
-    a, b = torch.randn(2, 5, 7)
-    loss, top1 = masking.nt_xent(a, b, 0.5)
-    z, costs, hits = [*a, *b], [], []
-    for i, x in enumerate(z):
-        s = [math.exp(torch.cosine_similarity(x, y, dim=0).item() / 0.5) for y in z]
-        others = [s[j] for j in range(10) if j != i]
-        costs.append(-math.log(s[(i + 5) % 10] / sum(others)))
-        hits.append(s[(i + 5) % 10] == max(others))
-    assert loss.item() == pytest.approx(np.mean(costs), rel=1e-5)
-    assert top1.item() == pytest.approx(np.mean(hits))
-
-
 @pytest.mark.parametrize("name, power", [("simmim", 1), ("mae3d", 2)])
 def test_the_loss_is_that_of_hidden_voxels_alone(name, power, monkeypatch):
     method, V, guesses = built(name), volume(), []
@@ -107,7 +93,7 @@ def test_the_loss_is_that_of_hidden_voxels_alone(name, power, monkeypatch):
         guesses.append(torch.rand(V.shape, generator=seeded(1)).requires_grad_())
         return guesses[-1]
     monkeypatch.setattr(*((method, "restore") if name == "simmim" else (method.network, "forward")), guess)
-    loss, _ = method(dict(V=V), seeded())
+    loss, _ = method(dict(V=V, subjects=torch.arange(len(V))), seeded())
     hidden = masking.hidden_patches(V, method.patch, method.share, seeded())
     truth = V
     if name == "mae3d":                                     # each patch has mean 0 and deviation 1
@@ -146,7 +132,7 @@ def test_genesis_spoils_as_it_says():
 # ---------------------------------------------------------------- all methods; nothing hidden is seen
 
 def batch(b=2, seed=0):
-    return dict(V=volume(b, seed=seed))
+    return dict(V=volume(b, seed=seed), subjects=torch.arange(b))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -193,13 +179,13 @@ def test_hidden_voxels_reach_no_feature(name, monkeypatch):
         monkeypatch.setattr(masking.F, "interpolate", lambda x, size, mode: torch.zeros(len(x), 1, *size))
     method.encoder.register_forward_hook(lambda _, __, maps: seen.append([m.detach() for m in maps]))
     with torch.no_grad():
-        method(dict(V=V), seeded())
+        method(dict(V=V, subjects=torch.arange(len(V))), seeded())
     hidden, calls = kept[0], len(seen)
     hidden = hidden[:1] if name in ("simmim", "mae3d", "gl_mae") else hidden[:1] & hidden[1:]
     assert hidden.any()
     with torch.no_grad():
-        method(dict(V=torch.where(hidden, V + 1, V)), seeded())
-        method(dict(V=torch.where(hidden.roll(3, 2), V + 1, V)), seeded())
+        method(dict(V=torch.where(hidden, V + 1, V), subjects=torch.arange(len(V))), seeded())
+        method(dict(V=torch.where(hidden.roll(3, 2), V + 1, V), subjects=torch.arange(len(V))), seeded())
     for first, second in zip(seen[:calls], seen[calls:2 * calls]):
         for a, b in zip(first, second):
             assert torch.allclose(a, b, atol=1e-4)
@@ -216,4 +202,4 @@ def test_swinmm_compares_the_sides_voxel_by_voxel(monkeypatch):
     monkeypatch.setattr(method.network, "forward", network)
     with torch.no_grad():
         for seed in range(4):
-            assert method(dict(V=volume(1)), seeded(seed))[1]["mutual"] == 0
+            assert method(dict(V=volume(1), subjects=torch.arange(1)), seeded(seed))[1]["mutual"] == 0

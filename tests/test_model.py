@@ -524,7 +524,7 @@ def test_our_files_load(tmp_path):
     assert report["initial"] == {"head": 2}
 
 
-def refused(path, net, text):
+def assert_refused(path, net, text):
     """In one line, and nothing of the network is changed."""
     before = copied(net)
     with pytest.raises(WeightsError, match=f"{path.name}: {text}") as error:
@@ -541,7 +541,7 @@ def refused(path, net, text):
 ])
 def test_our_files_of_another_network_are_refused(change, text, tmp_path):
     path = ours_file(tmp_path / "encoder.pt", "encoder", Swin3D(**SMALL))
-    refused(path, SwinUNETR(1, 3, **SMALL | change), f"does not fit the model: {text}")
+    assert_refused(path, SwinUNETR(1, 3, **SMALL | change), f"does not fit the model: {text}")
 
 
 LONE = "encoder1.layer.conv1.conv.weight"
@@ -565,7 +565,7 @@ LONE = "encoder1.layer.conv1.conv.weight"
 ])
 def test_public_files_of_another_network_are_refused(monai_states, tmp_path, v2, change, keys, text):
     torch.save(change(monai_states[v2]), tmp_path / "w.pt")
-    refused(tmp_path / "w.pt", SwinUNETR(1, 3, merge="legacy", **dict(feature_size=12) | keys), f".*{text}")
+    assert_refused(tmp_path / "w.pt", SwinUNETR(1, 3, merge="legacy", **dict(feature_size=12) | keys), f".*{text}")
 
 
 def test_one_channel_is_spread_and_others_are_refused(monai_states, tmp_path):
@@ -590,13 +590,13 @@ def test_a_unetr_starts_from_a_unetr_of_ours_alone(monai_states, tmp_path):
     report = load_weights(net, path)
     assert report["initial"] == {"out": 2} and same(source.encoder.state_dict(), net.encoder.state_dict())
     for net in (Swin3D(**SMALL), SwinUNETR(1, 3, **SMALL)):
-        refused(path, net, f"holds a UNETR of ours, the model is a {type(net).__name__}$")
-    refused(path, UNETR(1, 3, (32, 32, 48), **keys), r"does not fit the model: size is \(32, 32, 32\) in the file")
+        assert_refused(path, net, f"holds a UNETR of ours, the model is a {type(net).__name__}$")
+    assert_refused(path, UNETR(1, 3, (32, 32, 48), **keys), r"does not fit the model: size is \(32, 32, 32\) in the file")
     net, none = UNETR(1, 3, (32, 32, 32), **keys), "holds no UNETR of ours, the model is a UNETR$"
-    refused(ours_file(path, "encoder", Swin3D(**SMALL)), net, none)
-    refused(ours_file(path, "finetune", SwinUNETR(1, 3, **SMALL)), net, none)
+    assert_refused(ours_file(path, "encoder", Swin3D(**SMALL)), net, none)
+    assert_refused(ours_file(path, "finetune", SwinUNETR(1, 3, **SMALL)), net, none)
     torch.save(monai_states[True], path)
-    refused(path, net, none)
+    assert_refused(path, net, none)
 
 
 class Bomb:
@@ -610,31 +610,31 @@ class Bomb:
 def test_pickled_objects_are_refused_and_never_run(monai_states, tmp_path):
     for extra in (Bomb(str(tmp_path / "ran")), torch.optim.SGD(nn.Linear(1, 1).parameters())):
         torch.save({"state_dict": monai_states[True], "optimizer": extra}, tmp_path / "w.pt")
-        refused(tmp_path / "w.pt", Swin3D(feature_size=12, merge="legacy"),
+        assert_refused(tmp_path / "w.pt", Swin3D(feature_size=12, merge="legacy"),
                 r"holds a pickled object \([\w.]+\), which is never run")
         assert not (tmp_path / "ran").exists()
 
 
 def test_files_that_hold_no_weights_are_refused(tmp_path):
     net, path = Swin3D(**SMALL), tmp_path / "w.pt"
-    refused(path, net, "no such file")
+    assert_refused(path, net, "no such file")
     torch.save(net.state_dict(), path)
     for content in (b"", b"<html>404</html>\n" * 50, os.urandom(3000), path.read_bytes()[:5000]):
         path.write_bytes(content)
-        refused(path, net, "not a file of torch.save")
+        assert_refused(path, net, "not a file of torch.save")
     none = "holds no Swin encoder of four stages; its tensors: "
     two = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).state_dict()
     for content, text in (([torch.ones(1)], "expected a dict of tensors, found list"),
                           ({"epoch": 1}, none + "none"),
                           (two, none + "0.weight, 0.bias, 1.weight and 1 more")):
         torch.save(content, path)
-        refused(path, net, text)
+        assert_refused(path, net, text)
     for changes, text in ((dict(format="s2dc/other"), "unknown format 's2dc/other'"),
                           (dict(arguments=None), "of format 's2dc/encoder', but without arguments")):
-        refused(ours_file(path, "encoder", net, **changes), net, text)
+        assert_refused(ours_file(path, "encoder", net, **changes), net, text)
     for value in (None, "x", 3):
         state = net.state_dict() | {"embed.bias": value}
-        refused(ours_file(path, "encoder", net, encoder=state), net, "embed.bias is .*, expected a tensor")
+        assert_refused(ours_file(path, "encoder", net, encoder=state), net, "embed.bias is .*, expected a tensor")
 
 
 def test_save_is_all_or_nothing(tmp_path):
@@ -654,4 +654,4 @@ def test_one_flipped_bit_is_refused(tmp_path):
         damaged = bytearray(raw)
         damaged[place] ^= 64
         path.write_bytes(damaged)
-        refused(path, net, "the file is damaged, the checksum of .* does not fit$")
+        assert_refused(path, net, "the file is damaged, the checksum of .* does not fit$")

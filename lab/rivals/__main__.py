@@ -73,8 +73,7 @@ class Samples(data.Slabs):
 
 def on_device(batch, cfg, device):
     """What a method sees of the loader's batch: see the head of this file."""
-    batch = {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-             for key, value in batch.items()}
+    batch = run.to_device(batch, device)
     views = dict(zip(("V", "V_", "twin"), data.views(batch, cfg)))
     return batch | views | {key: batch[key].float() for key in ("around",) if key in batch}
 
@@ -113,19 +112,7 @@ def build(cfg, device):
     network = METHODS[cfg.method](cfg).to(device).train()
     if cfg.compile:
         network.encoder.compile()
-    learned = [p for p in network.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in learned if p.ndim > 1], [p for p in learned if p.ndim <= 1]
-    return network, torch.optim.AdamW([dict(params=matrices, weight_decay=cfg.decay),
-                                       dict(params=vectors, weight_decay=0.0)], lr=cfg.lr)
-
-
-def restore(state, network, optimizer):
-    try:
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-    except (KeyError, RuntimeError, ValueError):
-        raise SystemExit(f"{state['config']['name']}: last.pt is of another program or version; give "
-                         "--name=another") from None
+    return network, pretrain.adamw(network, cfg)
 
 
 def save(folder, network, optimizer, plan, step, origin):
@@ -147,7 +134,9 @@ def open_run(cfg, plan, scans, device, state):
     """(network, optimizer, iterator of batches) at the step that `state` is of."""
     network, optimizer = build(plan, device)
     if state is not None:
-        restore(state, network, optimizer)
+        with run.of_this_version(state):
+            network.load_state_dict(state["network"])
+            optimizer.load_state_dict(state["optimizer"])
         print(f"resumed at step {state['step']}")
     grid = tuple(s // cfg.token_patch for s in cfg.crop)
     samples = Samples(scans, plan, getattr(network, "surroundings", False))
@@ -174,6 +163,7 @@ def main(argv):
           + f"steps {first} to {plan.steps} cost what {cfg.steps} of S2DC do")
     print(f"{origin['device']}, {len(scans)} scans")
     lock = run.start_log(folder, cfg, first, origin)
+    # for the encoder's file, not for the log
     origin["seen"] = sorted({data.known_as(file, cfg) for scan in scans for file in scan.case["images"]})
     train(cfg, plan, folder, first, network, optimizer, batches, device, origin)
     del lock            # another process may train under this name now
@@ -205,7 +195,7 @@ def train(cfg, plan, folder, first, network, optimizer, batches, device, origin)
         optimizer.zero_grad(set_to_none=True)
         if hasattr(network, "after_step"):
             network.after_step(step, plan.steps)
-        sums = {name: sums.get(name, 0) + value.detach().float() for name, value in terms.items()}
+        sums |= {name: sums.get(name, 0) + value.detach().float() for name, value in terms.items()}
         counted, done = counted + 1, step + 1
 
         if done % cfg.log_every == 0 or done == plan.steps:

@@ -375,7 +375,8 @@ def positions(matrix, field, size):
     """Where voxels of A are looked for in B: matrix (c + field(c)), as F.grid_sample takes it, (b, x, y, z,
     3). matrix (b, 3, 4) as F.affine_grid takes it;  field (b, 3, ..) coarser, in voxels along z y x;  size
     (3,)"""
-    still = F.affine_grid(torch.eye(3, 4, device=field.device)[None], (1, 1, *size), align_corners=False)
+    still = rearrange(torch.eye(3, 4, device=field.device), "k l -> 1 k l")
+    still = F.affine_grid(still, (1, 1, *size), align_corners=False)
     field = rearrange(F.interpolate(field, size=tuple(size), mode="trilinear"), "b l x y z -> b x y z l")
     moved = still + field * 2 / torch.tensor(tuple(size)[::-1], device=field.device)
     turned = einsum(moved, matrix[:, :, :3], "b x y z l, b k l -> b x y z k")

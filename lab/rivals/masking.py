@@ -13,10 +13,13 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import einsum, rearrange, reduce, repeat
 from torch import nn
 
+import pretrain
+from lab.rivals.contrast import contrasted
 from lab.rivals.puzzles import TURNS_Z, accuracy, classifier, turned
+from losses import similarity
 from model import Swin3D, SwinUNETR
 from tasks import swin
 
@@ -39,10 +42,11 @@ def boxes(like, least, most, count, generator, share=math.inf):
     volume = (edge / size).prod(-1)
     used = (volume.cumsum(1) - volume < share).float()                          # (b, n)
     sides = []
-    for axis, n in enumerate(like.shape[2:]):
-        at = torch.arange(n, device=like.device) - start[..., axis, None]
-        sides.append(((at >= 0) & (at < edge[..., axis, None])).float())        # (b, n, x)
-    return (torch.einsum("bn,bnx,bny,bnz->bxyz", used, *sides) > 0)[:, None]
+    for n, first, length in zip(like.shape[2:], start.unbind(-1), edge.unbind(-1)):
+        at = torch.arange(n, device=like.device) - rearrange(first, "b n -> b n 1")
+        sides.append(((at >= 0) & (at < rearrange(length, "b n -> b n 1"))).float())        # (b, n, x)
+    inside = einsum(used, *sides, "b n, b n x, b n y, b n z -> b x y z") > 0
+    return rearrange(inside, "b x y z -> b 1 x y z")
 
 
 def noise(V, generator):
@@ -71,14 +75,6 @@ def restored(prediction, truth, hidden, guess):
     mean = (truth * hidden).sum((2, 3, 4), keepdim=True) / hidden.sum((2, 3, 4), keepdim=True).clamp(min=1)
     error, flat, blurred = (masked_mean((x - truth).square(), hidden) for x in (prediction, mean, guess))
     return dict(of_mean=error / flat.clamp(min=1e-12), of_near=error / blurred.clamp(min=1e-12))
-
-
-def nt_xent(a, b, temperature):
-    """SimCLR's loss of two views (n, e), and how often a row's partner is nearest (chance 1 / (2n - 1))."""
-    z = F.normalize(torch.cat([a, b]).float(), dim=1)
-    logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)
-    partner = torch.arange(len(z), device=z.device).roll(len(a))
-    return F.cross_entropy(logits, partner), accuracy(logits, partner)
 
 
 def pooled(maps):
@@ -199,16 +195,14 @@ class GLMAE(nn.Module):
         logits = self.head(reduce(seen[0], "b c x y z -> b c", "mean")).float() / 0.1
         agree = 2 * F.cross_entropy(logits, torch.cat([target, target]))            # of the two views
         restore = 2 * masked_mean((x - views).square(), hidden)
-        scores = F.normalize(logits[:len(V)], dim=1) @ F.normalize(anchor - self.centre, dim=1).T
+        both = (rearrange(x, "n e -> 1 n e") for x in (logits[:len(V)], anchor - self.centre))
+        scores = similarity(*both)[0]
         top1 = accuracy(scores, torch.arange(len(V), device=V.device))              # chance 1 / b
         measures = restored(x, views, hidden, near(views, hidden))
         return restore + agree, measures | dict(top1=top1, agree=agree.detach())
 
-    @torch.no_grad()
     def after_step(self, step, steps):
-        for slow, fast in zip(self.teacher, (self.encoder, self.head)):
-            for p, q in zip(slow.parameters(), fast.parameters()):
-                p.lerp_(q, 1 - self.momentum)
+        pretrain.follow(self.teacher, nn.ModuleList([self.encoder, self.head]), self.momentum)
 
 
 class ModelsGenesis(nn.Module):
@@ -294,10 +288,12 @@ class SwinUNETRPretraining(nn.Module):
         maps = self.encoder(torch.where(hidden, noise(V, generator), V))
         x, z = upsampled(self.decoder, maps[-1], 32), pooled(maps)
         logits = self.rotation(z).float()
-        contrast, top1 = nt_xent(*self.contrast(z).chunk(2), temperature=0.5)
+        z = self.contrast(z)
+        contrast, found = contrasted(z, z, batch["subjects"], 0.5)
         inpaint, rotate = (x - V).abs().mean(), F.cross_entropy(logits, turns)
-        measures = dict(inpaint=inpaint, rotate=rotate, contrast=contrast, top1=top1)
-        measures |= dict(turn=accuracy(logits, turns), **restored(x, V, hidden, near(V, hidden)))
+        measures = dict(inpaint=inpaint, rotate=rotate, contrast=contrast, **found)
+        measures |= dict(turn=accuracy(logits, turns), turn_chance=logits.new_tensor(1 / 4))
+        measures |= restored(x, V, hidden, near(V, hidden))
         return inpaint + rotate + contrast, {name: value.detach() for name, value in measures.items()}
 
 
@@ -338,9 +334,10 @@ class SwinMM(nn.Module):
         measures = restored(x, V, hidden, near(V, hidden))
         for z, y in zip(seen, (x, other)):
             logits = self.rotation(z).float()
-            contrast, top1 = nt_xent(*self.contrast(z).chunk(2), temperature=0.5)
+            z = self.contrast(z)
+            contrast, found = contrasted(z, z, batch["subjects"], 0.5)
             loss = loss + masked_mean((y - V).square(), hidden) + F.cross_entropy(logits, turns) + contrast
-            measures |= dict(turn=accuracy(logits, turns), top1=top1)
+            measures |= dict(turn=accuracy(logits, turns), turn_chance=logits.new_tensor(1 / 4), **found)
         return loss + 2 * mutual, measures | dict(mutual=mutual.detach())
 
 

@@ -23,7 +23,8 @@ TURNS = [((2, 3), 0)] + [(plane, k) for plane in ((2, 3), (2, 4), (3, 4)) for k 
 
 def turned(V, classes, turns):
     """Sample i of V (b, c, x, y, z), a cube, turned as turns[classes[i]] says."""
-    return torch.cat([torch.rot90(v[None], turns[k][1], turns[k][0]) for v, k in zip(V, classes.tolist())])
+    return torch.stack([torch.rot90(v, turns[k][1], [axis - 1 for axis in turns[k][0]])
+                        for v, k in zip(V, classes.tolist())])
 
 
 def accuracy(logits, target):
