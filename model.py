@@ -52,6 +52,9 @@ def convolve(conv, x):
         x = torch.cat([x[:, :, : half + 2], x[:, :, half:]])        # each with the layer beyond its end
         x = F.conv3d(x, conv.weight, conv.bias, padding=(0, 1, 1))
         return rearrange(x, "s c x y z -> 1 c (s x) y z", s=2)[:, :, :nx].contiguous()
+    if nx == 2:         # there oneDNN's bfloat16 gives the weights a gradient of what lay in memory
+        with torch.autocast("cpu", enabled=False):
+            return F.conv3d(precise(x), precise(conv.weight), conv.bias, padding=1)
     blocked = x.shape[1] % 16 == 0 == conv.out_channels % 16        # oneDNN's own order of channels fits
     return conv(x if blocked else x.contiguous(memory_format=torch.channels_last_3d)).contiguous()
 
@@ -672,18 +675,17 @@ def load_weights(model, path, downsample="legacy"):
     ours, prefix = "format" in content, "encoder." if isinstance(model, Swin3D) else ""
     wanted = (model if isinstance(model, (Swin3D, UNETR)) else model.encoder).arguments
     label = type(model).__name__
-    found = read_ours(path, content) if ours else read_public(path, content, downsample)
-    state, arguments, others, compared = found
+    read = read_ours if ours else functools.partial(read_public, downsample=downsample)
+    state, arguments, others, compared = read(path, content)
     vit = ours and "width" in arguments
     if vit != isinstance(model, UNETR):
         raise WeightsError(f"{path}: holds {'a' if vit else 'no'} UNETR of ours, the model is a {label}")
-    theirs = arguments if vit else encoder_arguments(path, state, others) | arguments
-    check_arguments(path, theirs, wanted, stated=ours)
+    arguments = arguments if vit else encoder_arguments(path, state, others) | arguments
+    check_arguments(path, arguments, wanted, stated=ours)
     own = {prefix + name: tensor for name, tensor in model.state_dict().items()}
     chosen, skipped, inflated = fit(path, state, own, label)
     model.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in chosen.items()},
                           strict=False)
-
     loaded = len(chosen) + compared
     why = Counter((name.split(".")[0], f"not in {label}") for name in others)
     why += Counter((name.split(".")[0], reason) for name, reason in skipped.items())
@@ -691,10 +693,8 @@ def load_weights(model, path, downsample="legacy"):
     report = dict(file=str(path), loaded=loaded, total=loaded + sum(why.values()), skipped=sum(why.values()),
                   reasons={part: f"{n} {reason}" for (part, reason), n in why.items()}, initial=dict(initial),
                   inflated=inflated)
-    reasons = "; ".join(f"{part}: {reason}" for part, reason in report["reasons"].items())
-    said = f"{path}: loaded {loaded} of {report['total']}, skipped {report['skipped']}"
-    said += f" ({reasons})" if reasons else ""
-    if inflated:
-        said += f", inflated to {wanted['in_channels']} channels {', '.join(inflated)}"
-    print(said + "".join(f", left {n} of {part} as initialised" for part, n in initial.items()))
+    said = [f"{path}: loaded {loaded} of {report['total']}", f"skipped {report['skipped']}"]
+    said[1] += f" ({'; '.join(map(': '.join, report['reasons'].items()))})" if report["reasons"] else ""
+    said += [f"inflated to {wanted['in_channels']} channels {', '.join(inflated)}"] if inflated else []
+    print(", ".join(said + [f"left {n} of {part} as initialised" for part, n in initial.items()]))
     return report

@@ -320,6 +320,20 @@ def test_norms_and_maps_are_float32_under_autocast(monkeypatch):
         assert x.dtype == torch.float32 and ((x - y).square().mean() / y.square().mean()).sqrt() < 0.05
 
 
+@pytest.mark.parametrize("nx", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("b", [1, 2])
+def test_convolutions_have_the_same_gradients_in_bfloat16(nx, b):
+    """oneDNN's own gradient of the weights is of no use where a volume is two voxels deep."""
+    torch.manual_seed(0)
+    conv, x = torch.nn.Conv3d(24, 48, 3, padding=1, bias=False), torch.randn(b, 24, nx, 4, 6).bfloat16()
+    slope = torch.randn(b, 48, nx, 4, 6)
+    (wanted,) = torch.autograd.grad((conv(x.float()) * slope).sum(), conv.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model_file.convolve(conv, x)
+    (found,) = torch.autograd.grad((out.float() * slope).sum(), conv.weight)
+    assert torch.linalg.norm(found - wanted) < 0.02 * torch.linalg.norm(wanted)
+
+
 # -------------------------------------------------------------------------------------------------- heads
 
 def gelu(z):
