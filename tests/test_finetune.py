@@ -31,6 +31,7 @@ from conftest import (
     script,
     settings,
 )
+from test_model import PUBLIC, monai_net
 
 import configs
 import data
@@ -38,7 +39,7 @@ import evaluate
 import finetune
 import tasks
 from lab.phantom import IMAGES
-from model import UNETR, Classifier
+from model import UNETR, Classifier, from_monai
 from run import save
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -529,6 +530,26 @@ def test_a_frozen_encoder_stays_and_the_head_learns(small, train, keys):
     torch.manual_seed(settings("demo_classification").seed)
     new = Classifier(1, 2, **NETWORK).head.state_dict()
     assert len(new) == 4 and not any(torch.equal(trained[f"head.{name}"], new[name]) for name in new)
+
+
+@pytest.mark.parametrize("kind", ["VoCo_10k.pt", "MONAI ssl_pretrained_weights.pth", "SuPreM"])
+def test_a_public_file_is_fine_tuned_and_scored(train, small, kind):
+    """From a file laid out as VoCo, MONAI and SuPreM publish theirs to a table; all of its encoder gets there."""
+    v2, make, must, skipped = PUBLIC[kind]
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor
+             for name, tensor in monai_net(v2, 1, 3, "legacy").state_dict().items()}
+    torch.save(make(state), small.parent / "public.pt")
+    keys = dict(feature_size=12, num_heads=(3, 6, 12, 24), window_size=7, merge="legacy", v2=v2,
+                crop=(64, 32, 32))
+    said, run = train("demo_segmentation", init="public.pt", freeze_encoder=True, **keys)
+    taken = must - 2 * (kind == "SuPreM")                   # the output layer of other organs
+    assert f"public.pt: loaded {taken} of {must + skipped}" in said
+    trained, truth = opened(run / "best.pt")["model"], from_monai(state, "legacy")
+    encoder = {name for name in truth if name.startswith("encoder.")}
+    assert len(encoder) > 100 and all(torch.equal(trained[name], truth[name]) for name in encoder)
+    evaluate.main([str(run / "config.py"), "--sheets=0", "--predictions=False"])
+    result, = json.loads((run / "results.json").read_text())["results"].values()
+    assert 0 <= result["summary"]["preprocessed"]["dice"]["mean"]["mean"] <= 1
 
 
 def test_a_unetr_trains_starts_from_its_own_and_no_other(train, small):
