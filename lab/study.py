@@ -1,6 +1,7 @@
 """The study: many small runs, one table.
 
     python -m lab.study configs/study.py
+    python -m lab.study configs/study_rivals.py
 """
 import dataclasses
 import inspect
@@ -31,9 +32,14 @@ class Config:
     data: str = "data"
     cache: str = "cache"
     workers: int = 1                # of each process
-    # {row: keys of pretrain.py; None: random weights; {"init": file}: an encoder there is, of each {seed}}
+    # {row: keys of pretrain.py, or of lab.rivals if `method` is among them; None: random weights;
+    # {"init": file}: an encoder there is, of each {seed}}
     rows: dict = dataclasses.field(default_factory=dict)
     seeds: tuple = ()               # of every row, e.g. (0, 1, 2)
+    # Learning rates that every row tries with the first seed: it keeps that of the best linear probe of the
+    # scans of rate_keys. (): the rate of its keys
+    rates: tuple = ()
+    rate_keys: dict = dataclasses.field(default_factory=dict)       # of lab.probe, over probe_keys
     jobs: int = 1                   # processes at a time
     probes: bool = True             # lab.probe for every row
     shots: dict = dataclasses.field(default_factory=dict)   # {row: labelled scans, e.g. (1, 2, 4, 8)}
@@ -68,7 +74,8 @@ def flags(keys):
 
 
 def plan(row, seed, cfg):
-    """{part: [[module, config, ..], ..]}: "pretrain", "probe" and every number of labelled scans."""
+    """{part: [[module, config, ..], ..]}: "pretrain", "rate" (the probe that chooses a learning rate), "probe"
+    and every number of labelled scans."""
     name, own, runs = f"{row}-{seed}", cfg.rows[row], Path(cfg.runs) / cfg.name
     same = dict(runs=runs, seed=seed, data=cfg.data, cache=cfg.cache, workers=cfg.workers)
     probing = same | cfg.pretrain_keys | cfg.probe_keys | dict(name=name, probe_random=False)
@@ -79,9 +86,12 @@ def plan(row, seed, cfg):
         init = probing["checkpoint"] = own["init"].format(seed=seed)
     else:
         keys, init = same | cfg.pretrain_keys | own | dict(name=name), runs / name / "encoder.pt"
-        parts["pretrain"] = [["pretrain", cfg.pretrain_config, *flags(keys)]]
+        module = "lab.rivals" if "method" in own else "pretrain"
+        parts["pretrain"] = [[module, cfg.pretrain_config, *flags(keys)]]
         # Of the row its network alone: all rows are probed by the same moves and tokens.
         probing |= {k: v for k, v in own.items() if k in inspect.signature(Swin3D).parameters}
+        if cfg.rates and seed == cfg.seeds[0]:
+            parts["rate"] = [["lab.probe", cfg.pretrain_config, *flags(probing | cfg.rate_keys)]]
     if cfg.probes:
         parts["probe"] = [["lab.probe", cfg.pretrain_config, *flags(probing)]]
     for shots in cfg.shots.get(row, ()):
@@ -98,7 +108,7 @@ def number(folder, part, cfg):
     """What a part found: the probe's numbers, or {metric: {case: value}} of the test scans on cfg.grid."""
     if part == "pretrain":
         return None
-    if part == "probe":
+    if part in ("rate", "probe"):
         return next(iter(json.loads((folder / "probe.json").read_text())["probe"].values()))
     results = json.loads(Path(f"{folder}-{part}", "results.json").read_text())["results"]
     rows = next(iter(results.values()))["rows"]
@@ -106,8 +116,9 @@ def number(folder, part, cfg):
             for metric in ("dice", "hd95")[:1 + cfg.hd95]}
 
 
-def run_row(n, row, seed, cfg):
-    """Run what is not complete -> {part: {"value", "minutes", "commands"}}, as outcome.json holds it."""
+def run_row(n, row, seed, cfg, asked):
+    """Run what is not complete, of the parts asked for (None: all) -> {part: {"value", "minutes", "commands"}},
+    as outcome.json holds it."""
     folder, gpus = Path(cfg.runs) / cfg.name / f"{row}-{seed}", torch.cuda.device_count()
     folder.mkdir(parents=True, exist_ok=True)
     done, log = folder / "outcome.json", folder / "out.log"
@@ -118,7 +129,7 @@ def run_row(n, row, seed, cfg):
     else:
         environment |= dict(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // cfg.jobs)))
     for part, commands in plan(row, seed, cfg).items():
-        if outcome.get(part, {}).get("commands") == commands:
+        if outcome.get(part, {}).get("commands") == commands or asked and part not in asked:
             continue
         began = time.time()
         for command in commands:
@@ -190,18 +201,41 @@ def table(results, cfg):
     return "\n\n".join(texts)
 
 
+def run_all(cfg, seeds, asked=None):
+    """{row-seed: outcome of run_row}: cfg.jobs processes at a time, dealt out to the GPUs if there are any, else
+    sharing the cores."""
+    jobs = [(row, seed) for seed in seeds for row in cfg.rows]  # every row once before any row twice
+    with ThreadPoolExecutor(cfg.jobs) as pool:
+        outcomes = list(pool.map(lambda n, job: run_row(n, *job, cfg, asked), range(len(jobs)), jobs))
+    return {f"{row}-{seed}": outcome for (row, seed), outcome in zip(jobs, outcomes)}
+
+
+def at_best_rates(cfg):
+    """(cfg with "row, rate" in place of every row that learns, a table of what each rate gave)."""
+    learn = {row: own for row, own in cfg.rows.items() if own is not None and "init" not in own}
+    trials = {(row, rate): own | dict(lr=rate) for row, own in learn.items() for rate in cfg.rates}
+    named = {trial: f"{trial[0]}, {trial[1]:g}" for trial in trials}
+    of_trials = dataclasses.replace(cfg, rows={named[trial]: own for trial, own in trials.items()}, shots={})
+    results = run_all(of_trials, cfg.seeds[:1], ("pretrain", "rate"))
+    scores = {trial: results[f"{named[trial]}-{cfg.seeds[0]}"]["rate"]["value"]["linear"]["balanced_accuracy"]
+              for trial in trials}
+    best = {row: named[row, max(cfg.rates, key=lambda rate: scores[row, rate])] for row in learn}
+    rows = {best.get(row, row): of_trials.rows.get(best.get(row), own) for row, own in cfg.rows.items()}
+    shots = {best.get(row, row): numbers for row, numbers in cfg.shots.items()}
+    lines = [[row, *(f"{scores[row, rate]:.3f}" for rate in cfg.rates)] for row in learn]
+    tried = markdown(["linear probe that chooses", *(f"rate {rate:g}" for rate in cfg.rates)], lines)
+    return dataclasses.replace(cfg, rows=rows, shots=shots), tried
+
+
 def conduct(cfg):
     """Pre-train every row with every seed, probe it, fine-tune it with few labels; print and store one table.
 
     Each run is the ordinary command, so that it can be repeated by hand; what is complete is not run again.
-    cfg.jobs processes run at a time, dealt out to the GPUs if there are any, else sharing the cores.
     """
     check(cfg)
-    jobs = [(row, seed) for seed in cfg.seeds for row in cfg.rows]  # every row once before any row twice
-    with ThreadPoolExecutor(cfg.jobs) as pool:
-        outcomes = list(pool.map(run_row, range(len(jobs)), *zip(*jobs), [cfg] * len(jobs)))
-    results = {f"{row}-{seed}": outcome for (row, seed), outcome in zip(jobs, outcomes)}
-    text, out = table(results, cfg), Path(cfg.runs) / cfg.name
+    cfg, tried = at_best_rates(cfg) if cfg.rates else (cfg, "")
+    results = run_all(cfg, cfg.seeds)
+    text, out = table(results, cfg) + (tried and f"\n\n{tried}"), Path(cfg.runs) / cfg.name
     run.write_json(out / "study.json", dict(results=results, config=dataclasses.asdict(cfg)) | run.versions())
     (out / "study.md").write_text(text + "\n")
     print(text)

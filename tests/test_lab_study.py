@@ -130,3 +130,33 @@ def test_a_row_may_start_from_an_encoder_that_is_there():
                        pretrain_config="p.py", finetune_config="f.py", probes=False)
     (tune, score), = study.plan("other", 2, cfg).values()
     assert "--init=runs/x-2/encoder.pt" in tune and "--label_fraction=0.25" in tune and "--hd95=False" in score
+
+
+def test_every_row_that_learns_keeps_the_rate_of_its_best_probe(monkeypatch, tmp_path):
+    """Rates are tried with the first seed alone and judged by their own part; a run at the best is not redone."""
+    cfg = study.Config(rows={"none": None, "here": {"init": "e.pt"}, "ours": {}, "theirs": {"method": "voco"}},
+                       seeds=(4, 5), rates=(1e-3, 1e-2), rate_keys={"exclude": ("a*",)}, runs=str(tmp_path),
+                       pretrain_config="p.py", shots={"none": (2,), "theirs": (2,)}, jobs=1)
+    ran, scores = [], {("ours", 1e-3): 0.5, ("ours", 1e-2): 0.3, ("theirs", 1e-3): 0.2, ("theirs", 1e-2): 0.4}
+    plans = {}
+
+    def run_row(n, row, seed, cfg, asked):
+        plans[row, seed] = study.plan(row, seed, cfg)
+        ran.append((row, seed, asked))
+        name, rate = row.split(", ")
+        return {"rate": {"value": {"linear": {"balanced_accuracy": scores[name, float(rate)]}}}}
+
+    monkeypatch.setattr(study, "run_row", run_row)
+    chosen, tried = study.at_best_rates(cfg)
+    only = ("pretrain", "rate")
+    assert ran == [("ours, 0.001", 4, only), ("ours, 0.01", 4, only), ("theirs, 0.001", 4, only),
+                   ("theirs, 0.01", 4, only)]
+    assert chosen.rows == {"none": None, "here": {"init": "e.pt"}, "ours, 0.001": {"lr": 1e-3},
+                           "theirs, 0.01": {"method": "voco", "lr": 1e-2}}
+    assert chosen.shots == {"none": (2,), "theirs, 0.01": (2,)} and chosen.seeds == (4, 5)
+    assert tried.splitlines()[2:] == ["| ours | 0.500 | 0.300 |", "| theirs | 0.200 | 0.400 |"]
+    same, later = study.plan("theirs, 0.01", 4, chosen), study.plan("theirs, 0.01", 5, chosen)
+    assert same["pretrain"] == plans["theirs, 0.01", 4]["pretrain"] and same["pretrain"][0][0] == "lab.rivals"
+    assert same["rate"] == plans["theirs, 0.01", 4]["rate"] and "--exclude=('a*',)" in same["rate"][0]
+    assert "--exclude=('a*',)" not in same["probe"][0] and "rate" not in later
+    assert plans["ours, 0.01", 4]["pretrain"][0][0] == "pretrain"

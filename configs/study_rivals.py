@@ -1,0 +1,44 @@
+"""The methods of lab/rivals beside S2DC: one encoder, the same scans, crops, seeds and encoder passes, and for
+each the best of three learning rates.
+
+    python -m lab.phantom --demo
+    python -m lab.study configs/study_rivals.py
+
+The rates are judged on 16 unseen phantoms that no other column of the table uses.
+"""
+name = "study_rivals"
+seeds = (0, 1, 2)
+jobs = 2
+workers = 0
+rows = {
+    "random": None,
+    "S2DC": {},
+    "VoCo": {"method": "voco"},
+    "Swin-UNETR": {"method": "swin_unetr"},
+    "SwinMM": {"method": "swinmm"},
+    "PCRLv2": {"method": "pcrlv2"},
+    "SimMIM": {"method": "simmim"},
+    "VICRegL": {"method": "vicregl"},
+    "SimCLR": {"method": "simclr"},
+    "MoCo v2 (L_g)": {"weights": (1, 0, 0)},
+    "MoCo v3": {"method": "mocov3"},
+    "PCRLv1": {"method": "pcrlv1"},
+    "GVSL": {"method": "gvsl"},
+    "MAE3D": {"method": "mae3d"},
+    "GL-MAE": {"method": "gl_mae"},
+    "Models Genesis": {"method": "models_genesis"},
+    "Jigsaw": {"method": "jigsaw"},
+    "rotation": {"method": "rotation"},
+    "Rubik's cube++": {"method": "rubiks_cube"},
+    "PositionLabel": {"method": "position_label"},
+}
+rates = (1e-3, 3e-3, 1e-2)
+rate_keys = {"exclude": ("100*", "101[0-5]")}
+shots = dict.fromkeys(rows, (2,))
+labelled = 20
+pretrain_config = "configs/demo.py"
+pretrain_keys = {"steps": 40, "warmup": 4, "batch": 8, "save_every": 40, "log_every": 5}
+probe_keys = {"exclude": ("101[6-9]", "102*", "103*")}
+finetune_config = "configs/demo_segmentation.py"
+finetune_keys = {"test": "unseen_100*", "exclude": ("unseen_101*", "unseen_102*", "unseen_103*"),
+                 "eval_every": 150}
