@@ -74,8 +74,8 @@ def flags(keys):
 
 
 def plan(row, seed, cfg):
-    """{part: [[module, config, ..], ..]}: "pretrain", "rate" (the probe that chooses a learning rate), "probe"
-    and every number of labelled scans."""
+    """{part: [[module, config, ..], ..]}: "pretrain", "rate" (the probe that chooses a learning rate),
+    "probe" and every number of labelled scans."""
     name, own, runs = f"{row}-{seed}", cfg.rows[row], Path(cfg.runs) / cfg.name
     same = dict(runs=runs, seed=seed, data=cfg.data, cache=cfg.cache, workers=cfg.workers)
     probing = same | cfg.pretrain_keys | cfg.probe_keys | dict(name=name, probe_random=False)
@@ -117,8 +117,8 @@ def number(folder, part, cfg):
 
 
 def run_row(n, row, seed, cfg, asked):
-    """Run what is not complete, of the parts asked for (None: all) -> {part: {"value", "minutes", "commands"}},
-    as outcome.json holds it."""
+    """Run what is not complete, of the parts asked for (None: all) -> {part: {"value", "minutes",
+    "commands"}}, as outcome.json holds it."""
     folder, gpus = Path(cfg.runs) / cfg.name / f"{row}-{seed}", torch.cuda.device_count()
     folder.mkdir(parents=True, exist_ok=True)
     done, log = folder / "outcome.json", folder / "out.log"
@@ -202,8 +202,8 @@ def table(results, cfg):
 
 
 def run_all(cfg, seeds, asked=None):
-    """{row-seed: outcome of run_row}: cfg.jobs processes at a time, dealt out to the GPUs if there are any, else
-    sharing the cores."""
+    """{row-seed: outcome of run_row}: cfg.jobs processes at a time, dealt out to the GPUs if there are any,
+    else sharing the cores."""
     jobs = [(row, seed) for seed in seeds for row in cfg.rows]  # every row once before any row twice
     with ThreadPoolExecutor(cfg.jobs) as pool:
         outcomes = list(pool.map(lambda n, job: run_row(n, *job, cfg, asked), range(len(jobs)), jobs))
