@@ -438,7 +438,7 @@ def score(network, scans, folder, cfg, device):
 
 def main(argv):
     cfg = configs.load(Config, argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = run.choose_device()
     folder = Path(cfg.runs) / cfg.name
     out = Path(cfg.out) if cfg.out else folder
     tasks.check(cfg)

@@ -4,12 +4,14 @@
     python -m lab.bench encoder unetr   rows: encoder unetr step losses loading sliding demo
     python -m lab.bench profile         where the time of the step goes, by operation
 
-Each pair has the same inputs, weights and dtype; a line "by default" is each as its users get it. Floor: the
+Each pair has the same inputs, weights and dtype; in a line "by default", and in the step, each runs as its
+users run it, in a process of its own. Floor: the
 operations that a row has to do over what this machine multiplies, measured in the same run: 1 would mean that
 nothing but matrix products is done, at full rate. Times are medians after one round of warming up.
 """
 import copy
 import json
+import multiprocessing
 import resource
 import statistics
 import subprocess
@@ -83,6 +85,27 @@ def seconds(call):
     return took, peak.gb
 
 
+class Apart:
+    """The call that build(*args) makes, in a process of its own: what a program asks of the C library or of a
+    GPU is not asked for its peer. Calling it gives what `seconds` gives there."""
+
+    def __init__(self, build, *args):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs, build, args)).start()
+        theirs.close()                                  # a child that has died ends what waits for it
+
+    def __call__(self):
+        self.pipe.send("once more")
+        return self.pipe.recv()
+
+
+def serve(pipe, build, args):
+    call = build(*args)
+    while pipe.recv() != "end":
+        pipe.send(seconds(call))
+
+
 def matrix_rate(dtype=torch.float32, n=2048):
     """Floating-point operations a second of a matrix product of this machine, the best of five."""
     a = torch.randn(n, n, device=DEVICE).to(dtype)
@@ -102,7 +125,11 @@ def compare(row, calls, rounds=3, operations=None, dtype=torch.float32):
     found, names = {name: [] for name in calls}, list(calls)
     for k in range(rounds):
         for name in (names if k % 2 == 0 else names[::-1]):         # who comes first alternates
-            found[name].append(seconds(calls[name]))
+            call = calls[name]
+            found[name].append(call() if isinstance(call, Apart) else seconds(call))
+    for call in calls.values():
+        if isinstance(call, Apart):
+            call.pipe.send("end")
     ours = found[names[0]]
     for name, several in found.items():
         ratios = sorted(a[0] / b[0] for a, b in zip(several, ours))
@@ -133,34 +160,46 @@ def used(network, volume, train, dtype):
         sum((x.float() * w).pow(2).mean() for x, w in zip(out, slope)).backward()
 
 
-def networks(kind, rounds=3):
-    """Encoder or Swin-UNETR of feature 48, a crop of 96^3, beside MONAI's, plain and with flash attention."""
+def ours_and_peers(kind, v2):
+    """{name: network}: Swin-UNETR of feature 48 or its encoder, ours and MONAI's, plain and with flash
+    attention, all of the same weights."""
     from monai.networks.nets.swin_unetr import SwinUNETR as Peer
+    peers = {name: Peer(1, 14, feature_size=48, use_v2=v2, use_flash_attention=flash).to(DEVICE)
+             for name, flash in (("MONAI", False), ("MONAI flash", True))}
+    weights = peers["MONAI"].state_dict()
+    peers["MONAI flash"].load_state_dict(weights)
+    ours = SwinUNETR(1, 14, v2=v2).to(DEVICE)
+    ours.load_state_dict(from_monai(weights))
+    if kind == "encoder":
+        ours, peers = ours.encoder, {name: peer.swinViT for name, peer in peers.items()}
+    return {"ours": ours, **peers}
+
+
+def by_default(who, kind, v2, train):
+    """One use as a user of `who` has it: ours as our programs run it, MONAI's in float32."""
+    network, dtype = ours_and_peers(kind, v2)[who], torch.float32
+    if who == "ours":
+        run.choose_device()
+        if CUDA:
+            network.compile()
+            dtype = torch.bfloat16
+    return partial(used, network, torch.randn(1, 1, 96, 96, 96, device=DEVICE), train, dtype)
+
+
+def networks(kind, rounds=3):
+    """A crop of 96^3; Swin-UNETR as v2 alone, its convolutions are the same."""
     volume = torch.randn(1, 1, 96, 96, 96, device=DEVICE)
     fast = bool(CUDA or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-    for v2 in (False, True):
-        peers = {"MONAI": False, "MONAI flash": True}
-        peers = {name: Peer(1, 14, feature_size=48, use_v2=v2, use_flash_attention=flash).to(DEVICE)
-                 for name, flash in peers.items()}
-        weights = peers["MONAI"].state_dict()
-        peers["MONAI flash"].load_state_dict(weights)
-        ours = SwinUNETR(1, 14, v2=v2).to(DEVICE)
-        ours.load_state_dict(from_monai(weights))
-        if kind == "encoder":
-            ours, peers = ours.encoder, {name: peer.swinViT for name, peer in peers.items()}
-        everybody = {"ours": ours, **peers}
+    for v2 in (False, True)[kind == "unetr":]:
+        everybody = ours_and_peers(kind, v2)
         for train in (False, True):
             row = f"{kind} v{1 + v2} {'training' if train else 'inference'}"
-            work = operations_of(partial(used, ours, volume, train, torch.float32))
+            work = operations_of(partial(used, everybody["ours"], volume, train, torch.float32))
             for dtype in (torch.float32, torch.bfloat16)[:1 + fast]:
                 calls = {name: partial(used, net, volume, train, dtype) for name, net in everybody.items()}
                 compare(f"{row} {str(dtype)[6:]}", calls, rounds, work, dtype)
-            best = copy.deepcopy(ours)
-            if CUDA:
-                best.compile()
-            mine = partial(used, best, volume, train, torch.bfloat16 if CUDA else torch.float32)
-            peer = partial(used, peers["MONAI"], volume, train, torch.float32)
-            compare(f"{row} by default", {"ours": mine, "MONAI": peer}, rounds)
+            compare(f"{row} by default", {who: Apart(by_default, who, kind, v2, train)
+                                          for who in ("ours", "MONAI")}, rounds)
 
 
 # ----------------------------------------------------------------------------------------- pre-training step
@@ -170,16 +209,18 @@ def step_config(crops):
                            fill_share=0, workers=0, checkpointing=False, compile=CUDA)
 
 
-def step(rounds=3):
-    """A pre-training step of true size (2 crops on a CPU, 16 on a GPU) beside the released recipe's work."""
+def one_step(who):
+    """A pre-training step of true size: 2 crops on a CPU, 16 on a GPU."""
     with tempfile.TemporaryDirectory() as folder:
         cfg = step_config(16 if CUDA else 2)
-        batch, token_grid = one_batch(folder, cfg)
-        student, teacher, optimizer, queue = pretrain.build(cfg, DEVICE, new=True)
-        peer = Released().to(DEVICE)
-        ours = partial(our_step, cfg, batch, student, teacher, optimizer, queue)
-        theirs = partial(released_step, cfg, batch, peer)
-        compare("pre-training step", {"ours": ours, "released recipe": theirs}, rounds)
+        batch, _ = one_batch(folder, cfg)
+    if who == "ours":
+        return partial(our_step, cfg, batch, *pretrain.build(cfg, run.choose_device(), new=True))
+    return partial(released_step, cfg, batch, Released().to(DEVICE))
+
+
+def step(rounds=3):
+    compare("pre-training step", {who: Apart(one_step, who) for who in ("ours", "released recipe")}, rounds)
 
 
 def one_batch(folder, cfg):
@@ -322,18 +363,23 @@ def loading(count=6):
             record(f"slabs a second, {workers} workers", who="ours", rate=round(2 * count / took, 2))
 
 
-def sliding(rounds=3, classes=14):
-    """512 x 512 x 300 voxels, windows of 96^3, overlap 0.5, a network that costs little itself."""
+def windows(who, blend, classes=14):
+    """512 x 512 x 300 voxels (on a CPU 256 x 256 x 300), windows of 96^3, overlap 0.5, a network that costs
+    little itself."""
     from monai.inferers import sliding_window_inference
-    volume = torch.randn(1, 1, 512, 512, 300)
-    network = nn.Conv3d(1, classes, 1).to(DEVICE).eval()
+    volume = torch.randn(1, 1, *(512, 512) if CUDA else (256, 256), 300)
+    network = nn.Conv3d(1, classes, 1).to(DEVICE).eval().requires_grad_(False)
+    if who == "ours":
+        device = run.choose_device()
+        return partial(sliding_window, network, volume, 96, 0.5, 4, blend, device=device, store="cpu")
+    return partial(sliding_window_inference, volume, 96, 4, network, 0.5, blend, sw_device=DEVICE,
+                   device="cpu")
+
+
+def sliding(rounds=3):
     for blend in ("gaussian", "constant"):
-        ours = partial(sliding_window, network, volume, 96, 0.5, 4, blend, device=DEVICE, store="cpu")
-        peer = partial(sliding_window_inference, volume, 96, 4, network, 0.5, blend, sw_device=DEVICE,
-                       device="cpu")
-        calls = {"ours": ours, "MONAI": peer}
-        with torch.no_grad():
-            compare(f"sliding window, {blend}", calls, rounds)
+        calls = {who: Apart(windows, who, blend) for who in ("ours", "MONAI")}
+        compare(f"sliding window, {blend}", calls, rounds)
 
 
 def demo():

@@ -630,7 +630,7 @@ def draw(cfg, device):
 
 
 def main(argv):
-    draw(probe.load(Config, argv), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    draw(probe.load(Config, argv), run.choose_device())
 
 
 if __name__ == "__main__":

@@ -337,7 +337,7 @@ def measure(cfg, device):
 def main(argv):
     cfg = load(Config, argv)
     out = Path(cfg.out or Path(cfg.runs) / cfg.name)
-    results = measure(cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    results = measure(cfg, run.choose_device())
     run.write_json(out / "probe.json", dict(probe=results, config=dataclasses.asdict(cfg), **run.versions()))
 
 
