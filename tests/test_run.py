@@ -4,11 +4,15 @@ import dataclasses
 import errno
 import math
 import os
+import platform
 import resource
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import HERE, environment
 
 import data
 import pretrain
@@ -207,3 +211,21 @@ def test_bfloat16_on_a_cpu_is_asked_for_and_never_emulated(monkeypatch, amx, avx
     if asked:
         with pytest.raises(SystemExit, match="bf16_cpu: this CPU multiplies no bfloat16"):
             run.bfloat16(pretrain.Config(bf16_cpu=True), cpu)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or torch.cuda.is_available(), reason="of glibc and CPUs")
+def test_memory_that_a_tensor_leaves_is_there_for_the_next():
+    """64 MB are 16,384 pages, which the kernel would have to clear each time."""
+    code = """
+import resource, sys, torch, run
+if "keep" in sys.argv:
+    assert run.choose_device() == torch.device("cpu")
+    torch.ones(2 ** 24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.ones(2 ** 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = [int(subprocess.run([sys.executable, "-c", code, word], cwd=HERE, env=environment(HERE), text=True,
+                                 capture_output=True, check=True).stdout) for word in ("keep", "plain")]
+    assert faults[0] < 5000 < faults[1]
