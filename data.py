@@ -509,7 +509,7 @@ def fill_cache(cases, cfg, say=print):
     return good, [reasons[n] for n in names if n in reasons]
 
 
-def _end_with_parent():
+def end_with_parent():
     """In a worker: when the program is killed, end too, instead of waiting for its next job for ever."""
     def wait():
         multiprocessing.parent_process().join()
@@ -524,7 +524,7 @@ def _in_processes(todo, cfg, folder, say):
     fork = "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_initialized()
     context = multiprocessing.get_context("fork" if fork else "spawn")
     workers = max(1, min(cfg.workers, len(todo)))
-    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=end_with_parent) as pool:
         jobs = [pool.submit(_fill_one, case, cfg, folder, name) for name, case in todo.items()]
         try:
             for done, job in enumerate(concurrent.futures.as_completed(jobs), 1):

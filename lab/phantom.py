@@ -24,6 +24,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 import configs
+from data import end_with_parent
 
 VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]    # files of another text are stale
 FOV = 288.0          # mm, edge of the cube in view, whatever the number of voxels
@@ -538,7 +539,7 @@ def write(folder, seeds, modality="ct", size=96, layout="msd", workers=1):
     for name in ("imagesTr", "labelsTr", "lesionsTr"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     jobs = [(folder, int(seed), modality, size) for seed in sorted(set(seeds))]
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
         for line in (pool.map if workers > 1 else map)(write_subject, *zip(*jobs)):
             print(line, flush=True)
     written = write_lists(folder, modality, size)

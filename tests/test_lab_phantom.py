@@ -253,7 +253,7 @@ def test_killed_and_started_again_ends_as_if_uninterrupted(tmp_path):
     assert run.stdout.readline().startswith("phantom_000")
     time.sleep(0.05)
     run.send_signal(signal.SIGKILL)
-    run.wait()
+    run.communicate(timeout=20)                                 # its end: when the last worker is gone, too
     left = list((tmp_path / "killed").rglob("*.nii.gz"))
     assert 3 <= len(left) < 36
     for path in left:
