@@ -238,6 +238,28 @@ def test_simclr_contrasts_its_two_moved_views(batch):
     assert loss.item() == pytest.approx(nt_xent(torch.cat(z), torch.cat(z), found["subjects"].tolist(), 0.1)[0], rel=1e-4)
 
 
+@pytest.mark.parametrize("method", list(contrast.METHODS))
+def test_crops_that_show_nothing_are_told_apart_by_chance_alone(batch, method):
+    """Six steps on crops of one value: padding, place and seeds of a crop leave nothing to tell it from others."""
+    found, cfg, _ = batch
+    blank = {name: torch.full_like(found[name], 0.3) for name in ("V", "V_", "twin", "around")}
+    torch.manual_seed(0)
+    network = rivals.METHODS[method](cfg).train()
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-3)
+    for step in range(6):
+        loss, measures = network(found | blank, dice(step))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for name in measures.keys() & {"top1", "found"}:
+            assert measures[name] <= measures[f"{name}_chance"], step
+        if method in ("simclr", "mocov3"):                          # all alike: the logarithm of their number
+            weight = 1 if method == "simclr" else 2 * 2 * 0.2
+            assert loss.item() == pytest.approx(weight * math.log(3), rel=1e-4)
+        if method == "gvsl":
+            assert measures["misplaced"] > 0.9                      # 1: no move found
+
+
 def test_mocov3_is_algorithm_1_and_its_momentum_ends_at_one(batch):
     found, cfg, _ = batch
     torch.manual_seed(0)
