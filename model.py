@@ -684,8 +684,7 @@ def load_weights(model, path, downsample="legacy"):
     check_arguments(path, arguments, wanted, stated=ours)
     own = {prefix + name: tensor for name, tensor in model.state_dict().items()}
     chosen, skipped, inflated = fit(path, state, own, label)
-    model.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in chosen.items()},
-                          strict=False)
+    model.load_state_dict({name.removeprefix(prefix): x for name, x in chosen.items()}, strict=False)
     loaded = len(chosen) + compared
     why = Counter((name.split(".")[0], f"not in {label}") for name in others)
     why += Counter((name.split(".")[0], reason) for name, reason in skipped.items())
@@ -693,8 +692,9 @@ def load_weights(model, path, downsample="legacy"):
     report = dict(file=str(path), loaded=loaded, total=loaded + sum(why.values()), skipped=sum(why.values()),
                   reasons={part: f"{n} {reason}" for (part, reason), n in why.items()}, initial=dict(initial),
                   inflated=inflated)
-    said = [f"{path}: loaded {loaded} of {report['total']}", f"skipped {report['skipped']}"]
-    said[1] += f" ({'; '.join(map(': '.join, report['reasons'].items()))})" if report["reasons"] else ""
+    reasons = "; ".join(f"{part}: {reason}" for part, reason in report["reasons"].items())
+    said = [f"{path}: loaded {loaded} of {report['total']}",
+            f"skipped {report['skipped']}" + (f" ({reasons})" if reasons else "")]
     said += [f"inflated to {wanted['in_channels']} channels {', '.join(inflated)}"] if inflated else []
     print(", ".join(said + [f"left {n} of {part} as initialised" for part, n in initial.items()]))
     return report

@@ -115,9 +115,9 @@ def silent(*_):
 
 def choose_device(local=0):
     """A GPU if there are any, else the CPU, with the C library told to keep what is freed: on its own it
-    gives tensors above 32 MB back to the kernel, which clears their pages at each use, a third of a step."""
+    gives tensors above 32 MB back to the kernel, which clears their pages at each use, a third of a step.
+    The price is a quarter to a half more memory at the peak."""
     if torch.cuda.is_available():
-        torch.cuda.set_device(local)
         return torch.device("cuda", local)
     with contextlib.suppress(AttributeError):           # of glibc alone
         libc = ctypes.CDLL(None)
@@ -129,9 +129,11 @@ def choose_device(local=0):
 def join(ranks, local, folder, first):
     """Device of this process, after all have met; exits when they would go on from different steps."""
     device = choose_device(local)
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
     if ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(hours=4))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
         seen = [None] * ranks
         dist.all_gather_object(seen, first)                         # waits for all, too
         if len(set(seen)) > 1:

@@ -4,11 +4,12 @@
     python -m lab.bench encoder unetr   rows: encoder unetr step losses loading sliding demo
     python -m lab.bench profile         where the time of the step goes, by operation
 
-Each pair has the same inputs, weights and dtype; in a line "by default", and in the step, each runs as its
-users run it, in a process of its own. Floor: the
-operations that a row has to do over what this machine multiplies, measured in the same run: 1 would mean that
-nothing but matrix products is done, at full rate. Times are medians after one round of warming up.
+Each pair has the same inputs, weights and dtype; in a line "by default", in the step and in the sliding
+window each runs as its users run it, in a process of its own. Floor: the operations that a row has to do
+over what this machine multiplies, measured in the same run: 1 would mean that nothing but matrix products is
+done, at full rate. Times are medians after one round of warming up.
 """
+import contextlib
 import copy
 import json
 import multiprocessing
@@ -87,7 +88,7 @@ def seconds(call):
 
 class Apart:
     """The call that build(*args) makes, in a process of its own: what a program asks of the C library or of a
-    GPU is not asked for its peer. Calling it gives what `seconds` gives there."""
+    GPU is not asked for its peer. Calling it gives what `seconds` gives there; close() ends the process."""
 
     def __init__(self, build, *args):
         context = multiprocessing.get_context("spawn")
@@ -99,11 +100,15 @@ class Apart:
         self.pipe.send("once more")
         return self.pipe.recv()
 
+    def close(self):
+        self.pipe.close()
+
 
 def serve(pipe, build, args):
     call = build(*args)
-    while pipe.recv() != "end":
-        pipe.send(seconds(call))
+    with contextlib.suppress(EOFError):                 # the other end was closed
+        while pipe.recv():
+            pipe.send(seconds(call))
 
 
 def matrix_rate(dtype=torch.float32, n=2048):
@@ -120,16 +125,17 @@ def record(row, **numbers):
 
 def compare(row, calls, rounds=3, operations=None, dtype=torch.float32):
     """Interleaved rounds of {name: call}, ours first: seconds and ratios to ours, each with its spread."""
-    for call in calls.values():
-        call()
     found, names = {name: [] for name in calls}, list(calls)
-    for k in range(rounds):
-        for name in (names if k % 2 == 0 else names[::-1]):         # who comes first alternates
-            call = calls[name]
-            found[name].append(call() if isinstance(call, Apart) else seconds(call))
-    for call in calls.values():
-        if isinstance(call, Apart):
-            call.pipe.send("end")
+    with contextlib.ExitStack() as ended:
+        for call in calls.values():
+            if isinstance(call, Apart):
+                ended.callback(call.close)
+        for call in calls.values():
+            call()
+        for k in range(rounds):
+            for name in (names if k % 2 == 0 else names[::-1]):     # who comes first alternates
+                call = calls[name]
+                found[name].append(call() if isinstance(call, Apart) else seconds(call))
     ours = found[names[0]]
     for name, several in found.items():
         ratios = sorted(a[0] / b[0] for a, b in zip(several, ours))
@@ -294,7 +300,7 @@ def profile():
     with tempfile.TemporaryDirectory() as folder:
         cfg = step_config(16 if CUDA else 2)
         batch, _ = one_batch(folder, cfg)
-        parts = pretrain.build(cfg, DEVICE, new=True)
+        parts = pretrain.build(cfg, run.choose_device(), new=True)
         our_step(cfg, batch, *parts)
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if CUDA else [])]
         with torch.profiler.profile(activities=kinds, record_shapes=True) as found:

@@ -54,10 +54,14 @@ class Config:
 
 
 def check(cfg):
-    """Exit unless there are rows, seeds and cfg.labelled training subjects, of which the shots are shares."""
+    """Exit unless there are rows, seeds, scans to judge rates by, and cfg.labelled training subjects, of
+    which the shots are shares."""
     if not cfg.rows or not cfg.seeds or set(cfg.shots) - set(cfg.rows):
         raise SystemExit("the study needs `seeds`, `rows`, and shots of some of them; found seeds "
                          f"{cfg.seeds}, rows {', '.join(cfg.rows) or 'none'}, shots {cfg.shots}")
+    if cfg.rates and not cfg.rate_keys:
+        raise SystemExit(f"rates = {cfg.rates} are judged on the scans that rate_keys name; it is empty, and "
+                         "the scans that the table reports must not choose")
     if not all(0 < n <= cfg.labelled for numbers in cfg.shots.values() for n in numbers):
         raise SystemExit(f"shots = {cfg.shots}: expected 1 to {cfg.labelled} (labelled)")
     if cfg.shots:

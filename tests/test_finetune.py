@@ -31,7 +31,7 @@ from conftest import (
     script,
     settings,
 )
-from test_model import PUBLIC, monai_net
+from test_model import PUBLIC, monai_state
 
 import configs
 import data
@@ -536,8 +536,7 @@ def test_a_frozen_encoder_stays_and_the_head_learns(small, train, keys):
 def test_a_public_file_is_fine_tuned_and_scored(train, small, kind):
     """From a file laid out as VoCo, MONAI and SuPreM publish theirs to a table; all of its encoder gets there."""
     v2, make, must, skipped = PUBLIC[kind]
-    state = {name: tensor.float() if tensor.is_floating_point() else tensor
-             for name, tensor in monai_net(v2, 1, 3, "legacy").state_dict().items()}
+    state = monai_state(v2)
     torch.save(make(state), small.parent / "public.pt")
     keys = dict(feature_size=12, num_heads=(3, 6, 12, 24), window_size=7, merge="legacy", v2=v2,
                 crop=(64, 32, 32))

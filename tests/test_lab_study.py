@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     (["--rows={'a': {}}"],
      "the study needs `seeds`, `rows`, and shots of some of them; found seeds (), rows a, shots {}"),
     (["--seeds=0,", "--rows={'a': {}}", "--shots={'b': (1,)}"], "found seeds (0,), rows a, shots {'b': (1,)}"),
+    (["--seeds=0,", "--rows={'a': {}}", "--rates=0.1,"], "scans that the table reports must not choose"),
 ])
 def test_a_study_without_rows_or_seeds_is_refused(argv, text):
     with pytest.raises(SystemExit) as caught:

@@ -447,11 +447,16 @@ PUBLIC = {
 }
 
 
+def monai_state(v2):
+    """MONAI's state dict, float32."""
+    state = monai_net(v2, 1, 3, "legacy").state_dict()
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+
 @pytest.fixture(scope="module")
 def monai_states():
-    """MONAI's state dict without and with v2, float32."""
-    return [{k: v.float() if v.is_floating_point() else v for k, v in net.state_dict().items()}
-            for net in (monai_net(v2, 1, 3, "legacy") for v2 in (False, True))]
+    """Without and with v2."""
+    return [monai_state(v2) for v2 in (False, True)]
 
 
 @pytest.mark.parametrize("kind", PUBLIC)
