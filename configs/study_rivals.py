@@ -15,7 +15,7 @@ rows = {
     "S2DC": {},
     "VoCo": {"method": "voco"},
     "Swin-UNETR": {"method": "swin_unetr"},
-    "SwinMM": {"method": "swinmm"},
+    "SwinMM": {"method": "swinmm", "checkpointing": True},      # four decoder passes: 14 GB without
     "PCRLv2": {"method": "pcrlv2"},
     "SimMIM": {"method": "simmim"},
     "VICRegL": {"method": "vicregl"},

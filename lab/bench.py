@@ -118,9 +118,11 @@ def matrix_rate(dtype=torch.float32, n=2048):
 
 
 def record(row, **numbers):
-    """A line of the table, of JSON, and of bench.json."""
+    """A line of the table, of JSON, and of bench.json, at once: an interrupted call keeps what it found."""
     FOUND.append(dict(row=row, **numbers))
     print(json.dumps(FOUND[-1]), flush=True)
+    with configs.replacing(Path("bench.json")) as aside:
+        aside.write_text(json.dumps(dict(run.versions(), rows=FOUND), indent=1))
 
 
 def compare(row, calls, rounds=3, operations=None, dtype=torch.float32):
@@ -428,8 +430,6 @@ def main(argv):
     for name in names:
         ROWS[name]()
     print(table())
-    with configs.replacing(Path("bench.json")) as aside:
-        aside.write_text(json.dumps(dict(run.versions(), rows=FOUND), indent=1))
 
 
 if __name__ == "__main__":
