@@ -32,8 +32,9 @@ class Config:
     data: str = "data"
     cache: str = "cache"
     workers: int = 1                # of each process
-    # {row: keys of pretrain.py, or of lab.rivals if `method` is among them; None: random weights;
-    # {"init": file}: an encoder there is, of each {seed}}
+    # {row: keys of pretrain.py, or of lab.rivals if `method` is among them, and `file`, what of its folder
+    # stage 2 starts from if not encoder.pt; None: random weights; {"init": file}: an encoder there is, of
+    # each {seed}}
     rows: dict = dataclasses.field(default_factory=dict)
     seeds: tuple = ()               # of every row, e.g. (0, 1, 2)
     # Learning rates that every row tries with the first seed: it keeps that of the best linear probe of the
@@ -89,7 +90,9 @@ def plan(row, seed, cfg):
     elif "init" in own:
         init = probing["checkpoint"] = own["init"].format(seed=seed)
     else:
-        keys, init = same | cfg.pretrain_keys | own | dict(name=name), runs / name / "encoder.pt"
+        own = dict(own)
+        init = runs / name / own.pop("file", "encoder.pt")
+        keys = same | cfg.pretrain_keys | own | dict(name=name)
         module = "lab.rivals" if "method" in own else "pretrain"
         parts["pretrain"] = [[module, cfg.pretrain_config, *flags(keys)]]
         # Of the row its network alone: all rows are probed by the same moves and tokens.

@@ -1,5 +1,6 @@
 """lab.rivals: the loop that all rivals share, and the methods of contrast.py, each core against loops or a closed form."""
 import copy
+import dataclasses
 import inspect
 import itertools
 import math
@@ -12,11 +13,12 @@ import torch.nn.functional as F
 
 import configs
 import data
+import losses
 import pretrain
 import run
 from lab import phantom
 from lab.rivals import __main__ as rivals
-from lab.rivals import contrast
+from lab.rivals import contrast, variants
 from model import SwinUNETR, load_weights
 
 HERE = Path(pretrain.__file__).parent
@@ -40,8 +42,8 @@ def argv(place, **keys):
     return [str(HERE / "configs/demo.py"), *(f"--{key}={value}" for key, value in keys.items())]
 
 
-def config(place=Path("."), **keys):
-    return rivals.load(argv(place, method="simclr", **keys))
+def config(place=Path("."), method="simclr", **keys):
+    return rivals.load(argv(place, method=method, **keys))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def test_two_steps_make_an_encoder_that_stage_2_takes(place, method, capsys):
     learned = torch.load(folder / "encoder.pt", weights_only=True)
     assert learned["name"] == f"demo-{method}" and learned["preprocessing"] == data.preprocessing(config(place))
     torch.manual_seed(config(place).seed)
-    fresh = rivals.METHODS[method](config(place)).encoder.state_dict()
+    fresh = rivals.METHODS[method](config(place, method)).encoder.state_dict()
     moved = [name for name, tensor in fresh.items() if not torch.equal(tensor, learned["encoder"][name])]
     assert {"embed.weight", "stages.0.blocks.0.qkv.weight"} <= set(moved)       # the gradient reaches the first layers
     assert method not in contrast.METHODS or len(moved) == len(fresh)           # these teach every tensor
@@ -180,7 +182,7 @@ def test_the_region_around_lies_in_the_scan_where_it_can(batch):
 def test_all_draws_come_from_the_generator(batch, method):
     found, cfg, _ = batch
     torch.manual_seed(0)
-    network = rivals.METHODS[method](cfg)
+    network = rivals.METHODS[method](dataclasses.replace(cfg, method=method))
     state = copy.deepcopy(network.state_dict())
 
     def value(seed, other):
@@ -193,7 +195,7 @@ def test_all_draws_come_from_the_generator(batch, method):
     assert method not in contrast.METHODS or (value(2, 1) != first) == (method in ("pcrlv1", "pcrlv2", "gvsl"))
 
 
-@pytest.mark.parametrize("method", list(rivals.METHODS))
+@pytest.mark.parametrize("method", [name for name in rivals.METHODS if name not in variants.METHODS])
 def test_a_method_is_short_and_says_where_it_is_from(method):
     of = rivals.METHODS[method]
     assert len(inspect.getsource(of).splitlines()) <= 60
@@ -560,3 +562,107 @@ def test_gvsl_starts_without_a_move_and_its_loss_has_three_parts(batch):
     assert measures["misplaced"].item() == pytest.approx(1, abs=1e-5)
     ncc = contrast.local_ncc(found["V_"], found["V"])
     assert loss.item() == pytest.approx((1 - ncc + F.mse_loss(out, found["V"])).item(), rel=1e-4)   # a field of zeros is smooth
+
+
+# ------------------------------------------------------------------------------------------------------ S2DC on other maps
+
+@pytest.fixture
+def variant(batch):
+    """method -> (network, batch, config), twice the same numbers."""
+    found, cfg, _ = batch
+
+    def made(method):
+        own = dataclasses.replace(cfg, method=method, matching="dual_softmax")
+        torch.manual_seed(0)
+        return rivals.METHODS[method](own), found, own
+    return made
+
+
+def test_s2dc_as_a_rival_computes_what_pretraining_does(variant):
+    """Loss and gradients of the encoder, of weights that both hold."""
+    network, found, cfg = variant("s2dc")
+    for side in (network.student, network.teacher):                 # not those of the first step, where they are 0 and 1
+        side.standard.follow(torch.randn(5, 16 * cfg.feature_size))
+    pair = []
+    for side in (network.student, network.teacher):
+        own = pretrain.Network(cfg)
+        state = {name.replace("heads.0.", "token_head."): x for name, x in side.state_dict().items()}
+        assert not (set(own.state_dict()) ^ set(state))
+        own.load_state_dict(state)
+        pair.append(own.train())
+    student, teacher = pair
+    keep = torch.ones(len(found["V"]), 1, dtype=torch.bool)
+    tokens, embeddings, _ = student(found["V"], keep)
+    with torch.no_grad():
+        tokens_, keys, _ = teacher(found["V_"], keep, found["twin"])
+        keys = F.normalize(keys, dim=-1)
+    b = torch.arange(len(keep))
+    negatives, allowed = pretrain.others_of_step(keys, found["subjects"], b, found["apart"])
+    out = losses.s2dc_loss(tokens, tokens_, found["pairs"], embeddings[:, 0], keys[:, -1], negatives, allowed=allowed,
+                           weights=cfg.weights, temperature=cfg.temperature, global_temperature=cfg.global_temperature,
+                           form=cfg.structure, detach=cfg.structure_detach, valid=found["valid"], valid_=found["valid_"])
+    out["loss"].backward()
+    loss, measures = network(found, None)
+    loss.backward()
+    assert loss.item() == pytest.approx(out["loss"].item(), rel=1e-5)
+    assert measures["global"].item() == pytest.approx(out["global"].item(), rel=1e-5)
+    assert measures["accuracy_8"].item() == pytest.approx(out["accuracy"].item())
+    for (name, ours), theirs in zip(network.encoder.named_parameters(), student.encoder.parameters()):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5 * theirs.grad.abs().max().item()), name
+
+
+def test_several_maps_share_the_token_losses_evenly(variant):
+    """As the mean of what each map alone gives, without L_g; of the maps of one encoder."""
+    network, found, cfg = variant("maps")
+    network.cfg = dataclasses.replace(cfg, weights=(0.0, 1.0, 1.0))
+    whole, measures = network(found, None)
+    heads, alone = list(network.student.heads), []
+    heads_ = list(network.teacher.heads)
+    for k, patch in enumerate((8, 16, 32)):
+        network.of_encoder = network.student.of_encoder = network.teacher.of_encoder = (patch,)
+        network.student.heads, network.teacher.heads = torch.nn.ModuleList([heads[k]]), torch.nn.ModuleList([heads_[k]])
+        alone.append(network(found, None)[0].item())
+    assert whole.item() == pytest.approx(np.mean(alone), rel=1e-5) and max(alone) > 1.02 * min(alone)
+    assert {"accuracy_8", "accuracy_16", "accuracy_32"} <= set(measures)
+
+
+@pytest.mark.parametrize("patch", [4, 8, 16, 32])
+def test_who_takes_part_on_a_coarser_and_on_a_finer_map(variant, patch):
+    network, found, cfg = variant("maps")
+    valid = torch.rand(2, 512, generator=dice()) < 0.02
+    taking = network.taking_part(valid, patch).reshape(2, *[64 // patch] * 3)
+    fine = valid.reshape(2, 8, 8, 8)
+    for b, i, j, k in itertools.product(range(2), *[range(64 // patch)] * 3):
+        low, high = (np.array([i, j, k]) * patch) // 8, -(-(np.array([i, j, k]) + 1) * patch // 8)
+        box = fine[(b, *(slice(a, z) for a, z in zip(low, high)))]
+        assert taking[b, i, j, k] == box.any()
+
+
+def test_the_decoders_map_is_the_one_of_swin_unetr(variant):
+    network, found, cfg = variant("decoder")
+    whole, seen = network.swin_unetr, []
+    hook = whole.ups[2].register_forward_hook(lambda _, __, x: seen.append(x))
+    with torch.no_grad():
+        whole(found["V"])
+        hook.remove()
+        maps = network.student.decoded(whole.encoder(found["V"]))
+    assert list(maps) == [16, 8, 4] and torch.allclose(maps[4], seen[0], atol=1e-6)
+
+
+def test_stage_2_starts_from_a_decoder_that_was_taught(place, capsys):
+    """network.pt holds it, changed as far as the map of 4 voxels, and the encoder of encoder.pt."""
+    rivals.main(argv(place, method="decoder", name="both", steps=2, keep=()))
+    capsys.readouterr()
+    network, encoder = SwinUNETR(1, 3, **SWIN), SwinUNETR(1, 3, **SWIN).encoder
+    report = load_weights(network, place / "runs/both/network.pt")
+    assert list(report["reasons"]) == ["out"] and set(report["initial"]) == {"out"}
+    load_weights(encoder, place / "runs/both/encoder.pt")
+    for ours, theirs in zip(network.encoder.parameters(), encoder.parameters()):
+        assert torch.equal(ours, theirs)
+    cfg = config(place, "decoder")
+    torch.manual_seed(cfg.seed)
+    fresh = rivals.METHODS["decoder"](cfg).swin_unetr.state_dict()
+    moved = {name for name, x in network.state_dict().items() if name in fresh and not name.startswith("out")
+             and not torch.equal(x, fresh[name])}
+    assert {"ups.2.mix.conv2.weight", "skips.2.conv1.weight", "bottom.conv1.weight"} <= moved
+    assert not [name for name in moved if name.startswith(("ups.3", "ups.4", "skips.0", "skips.1"))]

@@ -133,6 +133,15 @@ def test_a_row_may_start_from_an_encoder_that_is_there():
     assert "--init=runs/x-2/encoder.pt" in tune and "--label_fraction=0.25" in tune and "--hd95=False" in score
 
 
+def test_a_row_may_fine_tune_more_of_its_run_than_the_encoder():
+    cfg = study.Config(rows={"more": {"method": "decoder", "file": "network.pt"}}, seeds=(2,), shots={"more": (5,)},
+                       pretrain_config="p.py", finetune_config="f.py", runs="r")
+    parts = study.plan("more", 2, cfg)
+    assert "--init=r/study/more-2/network.pt" in parts["5"][0] and "--method=decoder" in parts["pretrain"][0]
+    assert not [flag for part in parts.values() for command in part for flag in command if "--file" in flag]
+    assert cfg.rows["more"]["file"] == "network.pt"                 # for the next seed
+
+
 def test_every_row_that_learns_keeps_the_rate_of_its_best_probe(monkeypatch, tmp_path):
     """Rates are tried with the first seed alone and judged by their own part; a run at the best is not redone."""
     cfg = study.Config(rows={"none": None, "here": {"init": "e.pt"}, "ours": {}, "theirs": {"method": "voco"}},

@@ -3,8 +3,9 @@
     python -m lab.rivals configs/demo.py --method=simclr        -> runs/demo-simclr/encoder.pt
 
 A method is a small nn.Module: `encoder`, `passes` (encoder passes of a crop per sample and step: with and
-without gradient) and forward(batch, generator) -> (loss (), {name: () to log}); after_step(step, steps) if it
-has one. All its draws come from the generator, which is seeded by the run's seed and the step. batch:
+without gradient) and forward(batch, generator) -> (loss (), {name: () to log}); after_step(step, steps) and
+`swin_unetr`, whose decoder learns as well, if it has them. All its draws come from the generator,
+which is seeded by the run's seed and the step. batch:
 
     V, V_, twin             (b, c, x, y, z) a crop; its moved copy, intensities changed; a second one of those
     H, H_twin               (b, 4, 4) float64, V -> V_ and V -> twin in voxels
@@ -31,9 +32,9 @@ import configs
 import data
 import pretrain
 import run
-from lab.rivals import contrast, masking, puzzles
+from lab.rivals import contrast, masking, puzzles, variants
 
-METHODS = contrast.METHODS | masking.METHODS | puzzles.METHODS
+METHODS = contrast.METHODS | masking.METHODS | puzzles.METHODS | variants.METHODS
 S2DC = 3 * 1 + 2        # what a step of S2DC counts per sample
 
 
@@ -116,8 +117,13 @@ def build(cfg, device):
 
 
 def save(folder, network, optimizer, plan, step, origin):
-    """encoder.pt, as of stage 1, and last.pt."""
+    """encoder.pt, as of stage 1, network.pt of a method whose decoder is to be fine-tuned, and last.pt."""
     pretrain.save_encoder(folder / "encoder.pt", network, plan, step, origin)
+    whole = getattr(network, "swin_unetr", None)
+    if whole is not None:
+        run.save(folder / "network.pt", dict(format="s2dc/finetune", model=whole.state_dict(),
+                                             arguments=whole.arguments, seen=origin["seen"],
+                                             preprocessing=data.preprocessing(plan)), keep=True)
     state = dict(format="s2dc/rival", network=network.state_dict(), optimizer=optimizer.state_dict())
     run.save(folder / "last.pt", state | dict(step=step, config=dataclasses.asdict(plan)), keep=True)
 

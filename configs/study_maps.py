@@ -1,0 +1,31 @@
+"""Which maps the token losses should see, and what else might become a default: probes and few-label Dice on
+phantoms.
+
+    python -m lab.phantom --demo
+    python -m lab.study configs/study_maps.py
+
+Rows with a method are in lab/rivals/variants.py; `file`: stage 2 starts from a decoder that was taught, too.
+"""
+name = "study_maps"
+seeds = (0, 1, 2)
+jobs = 2
+workers = 0
+rows = {
+    "random": None,
+    "tokens of 8 voxels": {},
+    "tokens of 16 voxels": {"token_patch": 16},
+    "tokens of 32 voxels": {"token_patch": 32},
+    "tokens of 8, 16 and 32 voxels": {"method": "maps"},
+    "the decoder's map of 8 voxels, too": {"method": "decoder_8", "file": "network.pt"},
+    "the decoder's map of 4 voxels, too": {"method": "decoder", "file": "network.pt"},
+    "L_g + L_p2s, released form": {"weights": (1, 0, 1), "structure": "released"},
+    "tokens inside the scan, air too": {"tokens": "inside"},
+    "a queue, as printed": {"negatives": "queue", "queue": 128},
+}
+shots = dict.fromkeys(rows, (2,))
+labelled = 20
+pretrain_config = "configs/demo.py"
+pretrain_keys = {"steps": 200, "warmup": 20, "save_every": 200}
+finetune_config = "configs/demo_segmentation.py"
+finetune_keys = {"test": "unseen_100*", "exclude": ("unseen_101*", "unseen_102*", "unseen_103*"),
+                 "eval_every": 150}
