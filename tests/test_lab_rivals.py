@@ -564,6 +564,23 @@ def test_gvsl_starts_without_a_move_and_its_loss_has_three_parts(batch):
     assert loss.item() == pytest.approx((1 - ncc + F.mse_loss(out, found["V"])).item(), rel=1e-4)   # a field of zeros is smooth
 
 
+def test_gvsl_learns_the_same_in_bfloat16(batch):
+    """Its head convolves a map of 2 x 2 x 2, of which oneDNN's bfloat16 weight gradient is what lay in memory."""
+    found, cfg, _ = batch
+    torch.manual_seed(0)
+    network = rivals.METHODS["gvsl"](cfg)
+    network.affine.weight.data.normal_(std=0.1)                     # at 0 no gradient reaches the head
+    heads = [p for p in network.whole.parameters() if p.ndim > 1]
+    gradients = []
+    for bf16 in (False, True):
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            network(found, dice())[0].backward()
+        gradients.append([p.grad.clone() for p in heads])
+    for exact, found in zip(*gradients):
+        assert (found - exact).norm() < 0.5 * exact.norm()
+
+
 # ------------------------------------------------------------------------------------------------------ S2DC on other maps
 
 @pytest.fixture

@@ -430,7 +430,8 @@ class GVSL(nn.Module):
         map_A, whole_A = decoded(self.network, [m[:b] for m in maps])[-2:]
         map_B = decoded(self.network, [m[b:] for m in maps], levels=4)[-1].float()
         last = rearrange(maps[-1], "(s b) c i j k -> b (s c) i j k", s=2)
-        matrix = self.affine(reduce(self.whole(last), "b c i j k -> b c", "mean")).float()
+        with torch.autocast(A.device.type, enabled=False):  # a map two voxels deep: see model.convolve
+            matrix = self.affine(reduce(self.whole(last.float()), "b c i j k -> b c", "mean"))
         matrix = self.reach * rearrange(matrix, "b (k l) -> b k l", k=3).tanh()
         matrix = matrix + torch.eye(3, 4, device=A.device)
         grid = F.affine_grid(matrix, map_B.shape, align_corners=False)
