@@ -88,8 +88,8 @@ def attend(qkv, bias, cuts, shut=None, axis=0):
             bias = bias - 100.0 * shut                     # as MONAI: shut out by a factor exp(-100)
         q, k, v = rearrange(qkv, "s b x y z h n d -> s (b x y z) h n d")
         if q.device.type == "cpu" and torch.is_grad_enabled():
-            # No fused kernel takes a bias that wants a gradient; torch's slow way takes more passes.
-            x = (q * q.shape[-1] ** -0.5 @ k.mT).add_(bias.to(q.dtype)).softmax(-1) @ v    # new memory is slower
+            # No fused kernel takes a bias that wants a gradient; add_: new memory is what costs.
+            x = (q * q.shape[-1] ** -0.5 @ k.mT).add_(bias.to(q.dtype)).softmax(-1) @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
         return rearrange(x, "(b x y z) h n d -> b x y z h n d", **grid)

@@ -1,5 +1,5 @@
-"""The methods of lab/rivals beside S2DC: one encoder, the same scans, crops, seeds and encoder passes, and for
-each the best of three learning rates.
+"""The methods of lab/rivals beside S2DC: one encoder, the same scans, crops, seeds and encoder passes, and
+for each the best of three learning rates.
 
     python -m lab.phantom --demo
     python -m lab.study configs/study_rivals.py

@@ -1,4 +1,4 @@
-"""S2DC beside the methods that the paper retrained, and two that share its crops and tokens, on sarcoma in PET:
+"""S2DC beside the methods that the paper retrained and two that share its crops and tokens, sarcoma in PET:
 few-label Dice from 8 patients, the same recipe and budget for all.
 
     python -m lab.sarcoma data_sets data/sarcoma        once; a clone of github.com/theibsi/data_sets
