@@ -11,6 +11,7 @@ done, at full rate. Times are medians after one round of warming up.
 """
 import contextlib
 import copy
+import functools
 import json
 import multiprocessing
 import resource
@@ -42,6 +43,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 ROOT = Path(__file__).resolve().parents[1]
 FOUND = []                              # all rows of this call, for bench.json
+versions = functools.cache(run.versions)            # once: it says when the call started
 
 
 class Peak:
@@ -122,7 +124,7 @@ def record(row, **numbers):
     FOUND.append(dict(row=row, **numbers))
     print(json.dumps(FOUND[-1]), flush=True)
     with configs.replacing(Path("bench.json")) as aside:
-        aside.write_text(json.dumps(dict(run.versions(), rows=FOUND), indent=1))
+        aside.write_text(json.dumps(dict(versions(), rows=FOUND), indent=1))
 
 
 def compare(row, calls, rounds=3, operations=None, dtype=torch.float32):
@@ -426,7 +428,7 @@ def main(argv):
         return profile()
     if not names or set(names) - set(ROWS):
         raise SystemExit(f"lab.bench: expected all, profile, or some of {', '.join(ROWS)}; found {argv}")
-    print(json.dumps(run.versions()), flush=True)
+    print(json.dumps(versions()), flush=True)
     for name in names:
         ROWS[name]()
     print(table())

@@ -655,15 +655,25 @@ def test_who_takes_part_on_a_coarser_and_on_a_finer_map(variant, patch):
         assert taking[b, i, j, k] == box.any()
 
 
-def test_the_decoders_map_is_the_one_of_swin_unetr(variant):
-    network, found, cfg = variant("decoder")
+@pytest.mark.parametrize("method, level", [("decoder", 2), ("decoder_8", 1)])
+def test_the_decoders_tokens_are_of_swin_unetrs_map(variant, method, level):
+    """Of its own forward pass, which the volume's skip joins only later."""
+    network, found, cfg = variant(method)
     whole, seen = network.swin_unetr, []
-    hook = whole.ups[2].register_forward_hook(lambda _, __, x: seen.append(x))
+    hook = whole.ups[level].register_forward_hook(lambda _, __, x: seen.append(x))
     with torch.no_grad():
         whole(found["V"])
         hook.remove()
-        maps = network.student.decoded(whole.encoder(found["V"]))
-    assert list(maps) == [16, 8, 4] and torch.allclose(maps[4], seen[0], atol=1e-6)
+        tokens = network.student(found["V"])[0]
+        expected = network.student.heads[1](seen[0].flatten(2).mT)
+    assert torch.allclose(tokens[1], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("keys", [dict(matching="sinkhorn"), dict(negatives="queue")])
+def test_variants_refuse_what_they_do_not_read(place, keys):
+    with pytest.raises(SystemExit, match="matches by 'dual_softmax' and has negatives of the 'step' alone, found"):
+        rivals.check(config(place, "maps", **keys), 1)
+    rivals.check(config(place, "simclr", **keys), 1)
 
 
 def test_stage_2_starts_from_a_decoder_that_was_taught(place, capsys):

@@ -99,6 +99,9 @@ def check(cfg, ranks):
         (ranks == 1 and cfg.accumulate == 1,
          "rivals train in one process, a step in one pass: methods contrast the samples of a batch"),
         (not cfg.init, "init: rivals start from random weights"),
+        (cfg.method not in variants.METHODS or (cfg.matching, cfg.negatives) == ("dual_softmax", "step"),
+         f"{cfg.method} matches by 'dual_softmax' and has negatives of the 'step' alone, found "
+         f"matching = {cfg.matching!r}, negatives = {cfg.negatives!r}"),
     ])
 
 

@@ -1,8 +1,8 @@
 """Not rivals: S2DC itself with its token losses on other maps, in the form of a rival, to be held against it.
 
-At one crop a slab "s2dc" computes what pretrain.py does, but for initial weights. Budgets count passes of
-the encoder; a decoder comes on top. Where one learns, network.pt is beside encoder.pt: `finetune --init` of
-it starts from both.
+At one crop a slab, tokens of 8 voxels, dual softmax and negatives of the step "s2dc" computes what
+pretrain.py does, but for initial weights. Budgets count passes of the encoder; a decoder comes on top. Where
+one learns, network.pt is beside encoder.pt: `finetune --init` of it starts from both.
 """
 import copy
 
@@ -13,10 +13,11 @@ from torch import nn
 import data
 import losses
 import pretrain
+from lab.rivals.contrast import decoded
 from model import Projector, SwinUNETR
 from tasks import swin
 
-# voxels a token of the encoder's maps and of the decoder's that are taught; matches by dual softmax alone
+# voxels a token of the encoder's maps and of the decoder's that are taught
 MAPS = {"s2dc": ((8,), ()), "maps": ((8, 16, 32), ()), "decoder": ((8,), (4,)), "decoder_8": ((8,), (8,))}
 
 
@@ -33,22 +34,13 @@ class Student(nn.Module):
         self.standard = pretrain.Standard(16 * f)
         self.global_head = nn.Linear(16 * f, cfg.embedding, bias=False)
 
-    def decoded(self, maps):
-        """{patch: map (b, c, i, j, k)} of the decoder, of 16, 8, .. voxels, no finer than is asked for."""
-        network, x, found = self.network, self.network.bottom(maps[4]), {}
-        for level, up in zip((3, 2, 1, 0), network.ups):
-            x = up(x, maps[3] if level == 3 else network.skips[level + 1](maps[level]))
-            found[2 ** (level + 1)] = x
-            if 2 ** (level + 1) == min(self.of_decoder):
-                return found
-
     def forward(self, V):
         """V (b, c, x, y, z) -> tokens [(b, t, e)] of each map, embeddings (b, e), pooled features (b, f)."""
         maps = self.encoder(V)
         chosen = [maps[p.bit_length() - 2] for p in self.of_encoder]
         if self.of_decoder:
-            found = self.decoded(maps)
-            chosen += [found[p] for p in self.of_decoder]
+            found = decoded(self.network, maps, levels=6 - min(self.of_decoder).bit_length())   # 16, 8, ..
+            chosen += [found[5 - p.bit_length()] for p in self.of_decoder]
         tokens = [head(rearrange(x, "b c i j k -> b (i j k) c")) for head, x in zip(self.heads, chosen)]
         pooled = reduce(maps[-1], "b c i j k -> b c", "mean")
         return tokens, self.global_head(self.standard(pooled)), pooled.detach().float()
