@@ -1,4 +1,5 @@
 """lab/rivals/puzzles.py: labels by brute force, puzzles undone, and chance where the input tells nothing."""
+import dataclasses
 import itertools
 import math
 
@@ -7,12 +8,12 @@ import pytest
 import torch
 from conftest import NETWORK, settings
 
-import pretrain
+from lab.rivals import __main__ as rivals
 from lab.rivals import puzzles
 from lab.rivals.puzzles import METHODS, TURNS, TURNS_Z
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CFG = settings("demo", pretrain.Config, hidden=16, embedding=8, depths=(1, 1, 1, 1), **NETWORK)
+CFG = settings("demo", rivals.Config, hidden=16, embedding=8, depths=(1, 1, 1, 1), **NETWORK)
 
 
 def seeded(seed=0):
@@ -21,9 +22,11 @@ def seeded(seed=0):
 
 def batch(V=None, b=2):
     V = torch.rand(b, 1, 64, 64, 64, generator=seeded(9)) if V is None else V
-    b, around = len(V), torch.nn.functional.pad(V, [16] * 6, mode="replicate")
+    b, sides = len(V), [n // 4 for n in V.shape[:1:-1] for _ in range(2)]
+    around = torch.nn.functional.pad(V, sides, mode="replicate")
     return dict(V=V, around=around, offset=torch.full((b, 3), 16), start=torch.tensor([[0, 8, 30]] * b),
-                shape=torch.tensor([[96, 72, 94]] * b), valid=torch.rand(b, 512, generator=seeded(8)) < 0.6)
+                shape=torch.tensor([[96, 72, 94]] * b),
+                valid=torch.rand(b, V[0].numel() // 512, generator=seeded(8)) < 0.6)
 
 
 def built(name):
@@ -208,15 +211,30 @@ def test_a_crop_without_a_picture_tells_nothing(name):
     assert (outputs - outputs[0]).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_learns_through_the_encoder_with_the_passes_it_states(name):
-    method, passes = built(name), []
+@pytest.mark.parametrize("name, crop", [*((name, (64, 64, 64)) for name in METHODS), ("voco", (64, 64, 32)),
+                                        ("jigsaw", (64, 64, 32)), ("position_label", (64, 64, 32))])
+def test_learns_through_the_encoder_with_the_passes_it_states(name, crop):
+    torch.manual_seed(0)
+    cfg = dataclasses.replace(CFG, crop=crop, slab=crop, method=name)
+    method, passes = METHODS[name](cfg), []
     method.encoder.register_forward_pre_hook(lambda _, inputs: passes.append(inputs[0].shape))
-    loss, measures = method(batch(), seeded())
+    given = batch(torch.rand(2, 1, *crop, generator=seeded(9)))
+    loss, measures = method(given, seeded())
     loss.backward()
     full = sum(shape[0] * math.prod(-(-n // 32) * 32 for n in shape[2:]) for shape in passes)   # as it pads
-    assert (full / (2 * 64**3), 0) == method.passes and loss.shape == () and loss.isfinite()
+    assert (full / (2 * math.prod(crop)), 0) == rivals.passes(cfg, METHODS[name])
+    assert loss.shape == () and loss.isfinite()
+    assert name != "voco" or all(shape[2:] == (32, 32, 32) for shape in passes)     # and none is padded
     for measure, value in measures.items():
         assert value.shape == () and value.isfinite() and not value.requires_grad, measure
     assert method.encoder.embed.weight.grad.abs().max() > 0
-    assert built(name)(batch(), seeded())[0].item() == pytest.approx(loss.item(), rel=1e-4)
+    torch.manual_seed(0)
+    again = METHODS[name](cfg)
+    assert again(given, seeded())[0].item() == pytest.approx(loss.item(), rel=1e-4)
+    assert again(given, seeded(1))[0].item() != loss.item() or name == "position_label"    # which draws nothing
+
+
+def test_small_inputs_cost_what_the_encoder_makes_of_them():
+    cubes = {name: [METHODS[name].passes((n, n, n))[0] for n in (64, 96, 128)] for name in ("voco", "jigsaw")}
+    assert cubes["voco"] == pytest.approx([2, 16 * 64**3 / 96**3, 2])
+    assert cubes["jigsaw"] == pytest.approx([1, 8 * 64**3 / 96**3, 1])

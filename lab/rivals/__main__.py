@@ -3,9 +3,9 @@
     python -m lab.rivals configs/demo.py --method=simclr        -> runs/demo-simclr/encoder.pt
 
 A method is a small nn.Module: `encoder`, `passes` (encoder passes of a crop per sample and step: with and
-without gradient) and forward(batch, generator) -> (loss (), {name: () to log}); after_step(step, steps) and
-`swin_unetr`, whose decoder learns as well, if it has them. All its draws come from the generator,
-which is seeded by the run's seed and the step. batch:
+without gradient; a function of the crop where inputs have another size) and forward(batch, generator) ->
+(loss (), {name: () to log}); after_step(step, steps) and `swin_unetr`, whose decoder learns as well, if it
+has them. All its draws come from the generator, which is seeded by the run's seed and the step. batch:
 
     V, V_, twin             (b, c, x, y, z) a crop; its moved copy, intensities changed; a second one of those
     H, H_twin               (b, 4, 4) float64, V -> V_ and V -> twin in voxels
@@ -98,6 +98,8 @@ def check(cfg, ranks):
          f"--slab={','.join(map(str, cfg.crop))}"),
         (ranks == 1 and cfg.accumulate == 1,
          "rivals train in one process, a step in one pass: methods contrast the samples of a batch"),
+        (len(set(cfg.crop)) == 1 or not getattr(METHODS[cfg.method], "cubes", False),
+         f"{cfg.method} turns cubes, found crop = {cfg.crop}"),
         (not cfg.init, "init: rivals start from random weights"),
         (cfg.method not in variants.METHODS or (cfg.matching, cfg.negatives) == ("dual_softmax", "step"),
          f"{cfg.method} matches by 'dual_softmax' and has negatives of the 'step' alone, found "
@@ -105,9 +107,14 @@ def check(cfg, ranks):
     ])
 
 
+def passes(cfg, method):
+    return method.passes(cfg.crop) if callable(method.passes) else method.passes
+
+
 def planned(cfg, method):
     """The config with the method's own steps and warm-up, as many encoder passes as S2DC's `steps` cost."""
-    ratio = S2DC / (3 * method.passes[0] + method.passes[1])
+    learning, frozen = passes(cfg, method)
+    ratio = S2DC / (3 * learning + frozen)
     return dataclasses.replace(cfg, steps=max(1, round(cfg.steps * ratio)), warmup=round(cfg.warmup * ratio))
 
 
@@ -167,8 +174,9 @@ def main(argv):
     print(configs.differing(cfg))
     scans, device = pretrain.open_scans(cfg, 1, 0, folder, first, print)
     network, optimizer, batches = open_run(cfg, plan, scans, device, state)
-    origin = run.versions() | dict(passes=method.passes, steps_of_s2dc=cfg.steps, steps=plan.steps)
-    print("{} encoder passes with, {} without gradient a sample: ".format(*method.passes)
+    cost = passes(cfg, method)
+    origin = run.versions() | dict(passes=cost, steps_of_s2dc=cfg.steps, steps=plan.steps)
+    print("{:.3g} encoder passes with, {:.3g} without gradient a sample: ".format(*cost)
           + f"steps {first} to {plan.steps} cost what {cfg.steps} of S2DC do")
     print(f"{origin['device']}, {len(scans)} scans")
     lock = run.start_log(folder, cfg, first, origin)

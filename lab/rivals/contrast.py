@@ -115,7 +115,8 @@ def vicreg(z, z_, earlier=None, earlier_=None):
 
     invariance  mean squared difference of partners, over n and d (code; Eq. 5 sums over d)
     variance    Eq. 1-2 of each side: mean over d of max(0, 1 - sqrt(var + 1e-4)); half their sum (code)
-    covariance  Eq. 3-4 of each side: sum over pairs of different numbers of cov^2, over d; summed
+    covariance  Eq. 3-4 of each side: sum over pairs of different numbers of cov^2, over d; half their sum
+                (VICRegL's code; the paper and VICReg's own sum)
     earlier     (m, d) without gradient: rows that the statistics take in, too. In their gradients a row now
                 stands for (n + m) / n, as if so many rows had been made and n of them drawn to learn
     """
@@ -128,15 +129,16 @@ def vicreg(z, z_, earlier=None, earlier_=None):
         covariance = centred.mT @ centred / (len(now) - 1)
         spread.append((1 - (covariance.diagonal() + 1e-4).sqrt()).relu().mean())
         mixed.append((covariance.square().sum() - covariance.diagonal().square().sum()) / now.shape[1])
-    return terms | {"variance": sum(spread) / 2, "covariance": sum(mixed)}
+    return terms | {"variance": sum(spread) / 2, "covariance": sum(mixed) / 2}
 
 
 class VICRegL(nn.Module):
     """Self-Supervised Learning of Local Visual Features (arXiv:2210.01571): VICReg of crops and of patches.
 
     Eq. 3-5: 0.75 x global + 0.25 x local, weights 25 25 1 (code). Local: of location matches, Eq. 1, and of
-    feature matches, Eq. 2, the 20 nearest pairs of a sample both ways (code, for ResNets). Ours: views are V
-    and V_; location matches, tokens and the projector before them are S2DC's, so that the two differ by the
+    feature matches, Eq. 2, the 20 nearest pairs of a sample both ways (the code's number for location; by
+    feature its default takes all). Ours: views are V and V_; location matches, all of them, tokens and the
+    projector before them are S2DC's, so that the two differ by the
     local loss alone (paper: the last map, three layers with batch norm); local statistics over all matches of
     the step and not place by place over the batch, which has two samples; global ones over the step and the
     32 crops before it; `Head` for the expander.
@@ -254,14 +256,14 @@ class PCRLv1(nn.Module):
     """Preservational Learning (Zhou et al., ICCV 2021): contrast, and decode features into transformed
     inputs.
 
-    L_c: InfoNCE of V_ against the momentum encoder's twin, temperature 0.2 (code), cfg.momentum (paper
-    0.999). L_p, transformation-conditioned attention: which axes are flipped goes through two layers and a
-    sigmoid onto the channels of the last map, and the decoder makes the input flipped so; cross-model mixup:
-    all maps of both encoders mixed by max(a, 1 - a), a ~ Beta(1, 1), are decoded into the two flipped inputs
-    mixed alike. Mean of the two squared errors; L_c + L_p (code). Ours: the other subjects of the step for a
-    queue of 16,384 (b = 2: one, chance 1/2); no quarter turns; no mixing of inputs inside L_c (C2L's, older);
-    jitter for painted and shuffled voxels; SwinUNETR's decoder without the skip of the volume, its output not
-    bounded to [0, 1].
+    L_c: InfoNCE of V_ against the momentum encoder's twin (code: NCE), temperature 0.2 (code), cfg.momentum
+    (paper 0.999). L_p, transformation-conditioned attention: which axes are flipped goes through two layers
+    and a sigmoid onto the channels of the last map, and the decoder makes the input flipped so; cross-model
+    mixup: all maps of both encoders mixed by max(a, 1 - a), a ~ Beta(1, 1), are decoded into the two flipped
+    inputs mixed alike. Mean of the two squared errors; L_c + L_p (code). Ours: the other subjects of the step
+    for a queue of 16,384 (b = 2: one, chance 1/2); no quarter turns; no mixing of inputs inside L_c (C2L's,
+    older); jitter for painted and shuffled voxels; SwinUNETR's decoder without the skip of the volume, its
+    output not bounded to [0, 1].
     """
     passes = 1, 1
     temperature = 0.2
@@ -316,11 +318,12 @@ class PCRLv2(nn.Module):
     Decoder without skips (nsUNet). At a scale drawn each step: siamese comparison, -cos(p, stop(z')) both
     ways, z the standardised mean of the decoder's map, p = predictor(z) of width 2 c (code), of painted V and
     painted V_, and of each with a local view, mean of the two; that map's restoration of V, times half a
-    cosine that falls to 0 (code); and the last map's. All weights 1 (code). Ours: one local view, a part of
+    cosine from 1 to 0 (code); and the last map's. All weights 1 (code). Ours: one local view, a part of
     twin of half the edges enlarged to a crop (code: six small sub-crops, whose last map would here be one
-    token); one scale a step for all pairs, of 16, 8, 4, 2 voxels; a convolution of 1^3 restores; z is
-    standardised over all 3 b views of the step, not each b of them (a mean of earlier steps lags behind, and
-    all z of a step then point where the features drift); none in the predictor; no shuffled voxels.
+    token); jitter and painted boxes for the code's blur, noise, gamma and swapped patches; one scale a step
+    for all pairs, of 16, 8, 4, 2 voxels; a convolution of 1^3 restores; z is standardised over all 3 b views
+    of the step, not each b of them (a mean of earlier steps lags behind, and all z of a step then point where
+    the features drift); none in the predictor.
     """
     passes = 3, 0
 
@@ -331,7 +334,7 @@ class PCRLv2(nn.Module):
         pairs = [(nn.Linear(c, 2 * c), nn.Linear(2 * c, c)) for c in widths]
         self.predictors = nn.ModuleList(nn.Sequential(a, nn.ReLU(), b) for a, b in pairs)
         self.restorers = nn.ModuleList(nn.Conv3d(c, cfg.in_channels, 1) for c in widths)
-        self.register_buffer("middle", torch.tensor(0.5))   # weight of the middle restoration
+        self.register_buffer("middle", torch.tensor(1.0))   # weight of the middle restoration
 
     def forward(self, batch, generator):
         V, b = batch["V"], len(batch["V"])
@@ -354,23 +357,27 @@ class PCRLv2(nn.Module):
                       "restored": explained(out, V, hidden)}
 
     def after_step(self, step, steps):
-        self.middle.fill_((1 + math.cos(math.pi * (step + 1) / steps)) / 4)
+        self.middle.fill_((1 + math.cos(math.pi * (step + 1) / steps)) / 2)
 
 
+@losses.full_precision
 def local_ncc(a, b, window=9):
     """Mean over voxels of the squared correlation of a and b (b, c, x, y, z) in the window^3 around each;
-    zeros lie beyond the border; 1e-5 beside the product of the two sums of squares (code)."""
+    each sample's mean lies beyond the border; 1e-5 beside the product of the two sums of squares (code)."""
     def mean(x):
         for axis in range(3):
             kernel = [window if k == axis else 1 for k in range(3)]
             x = F.avg_pool3d(x, kernel, 1, [n // 2 for n in kernel])
         return x
+    # A mean square less a squared mean: around 0, where float32 has digits left for it.
+    a, b = (x - x.mean(dim=(1, 2, 3, 4), keepdim=True) for x in (a, b))
     m_a, m_b, n = mean(a), mean(b), window ** 3
     pairs = (a * b, m_a * m_b), (a * a, m_a * m_a), (b * b, m_b * m_b)
     cross, s_a, s_b = (n * (mean(x) - y) for x, y in pairs)
-    return (cross.square() / (s_a * s_b + 1e-5)).mean()
+    return (cross.square() / (s_a.clamp(min=0) * s_b.clamp(min=0) + 1e-5)).mean()
 
 
+@losses.full_precision
 def positions(matrix, field, size):
     """Where voxels of A are looked for in B: matrix (c + field(c)), as F.grid_sample takes it, (b, x, y, z,
     3). matrix (b, 3, 4) as F.affine_grid takes it;  field (b, 3, ..) coarser, in voxels along z y x;  size
@@ -401,13 +408,14 @@ class GVSL(nn.Module):
 
     Z-matching head: an affine map from the last maps of both, two convolutions and a mean; then a field of
     moves from the decoder's map of A beside that of B after the affine map. Loss: 1 - NCC of B moved onto A
-    (windows of 9), mean squared difference of neighbouring moves, squared error of A restored from A painted,
-    1 : 1 : 1 (code). Ours: A is V and B its moved copy V_ (paper: two patients, their hearts aligned
-    beforehand; our crops lie anywhere, two of them need not show the same); a 3 x 4 matrix within 0.5 of the
-    identity for angles, zooms and shears; both heads start without a move; the field has half the resolution
-    and is applied with the affine map in one interpolation. Measured: `misplaced`, 1 is nothing learned.
+    (windows of 9), mean squared slope of the moves, voxels a voxel, squared error of A restored from A
+    painted, 1 : 1 : 1 (code). Ours: A is V and B its moved copy V_ (paper: two patients, their hearts aligned
+    beforehand; our crops lie anywhere, two of them need not show the same); five painted boxes (code: up to
+    30 smaller ones, shuffled voxels, bent intensities); a 3 x 4 matrix within 0.75 of the identity for
+    angles, zooms and shears; both heads start without a move; the field has half the resolution and is
+    applied with the affine map in one interpolation. Measured: `misplaced`, 1 is nothing learned.
     """
-    passes, reach = (2, 0), 0.5
+    passes, reach = (2, 0), 0.75
 
     def __init__(self, cfg):
         super().__init__()
@@ -430,16 +438,18 @@ class GVSL(nn.Module):
         map_A, whole_A = decoded(self.network, [m[:b] for m in maps])[-2:]
         map_B = decoded(self.network, [m[b:] for m in maps], levels=4)[-1].float()
         last = rearrange(maps[-1], "(s b) c i j k -> b (s c) i j k", s=2)
-        with torch.autocast(A.device.type, enabled=False):  # a map two voxels deep: see model.convolve
+        # A map two voxels deep (see model.convolve), and places, of which bfloat16 has half a voxel.
+        with torch.autocast(A.device.type, enabled=False):
             matrix = self.affine(reduce(self.whole(last.float()), "b c i j k -> b c", "mean"))
-        matrix = self.reach * rearrange(matrix, "b (k l) -> b k l", k=3).tanh()
-        matrix = matrix + torch.eye(3, 4, device=A.device)
-        grid = F.affine_grid(matrix, map_B.shape, align_corners=False)
+            matrix = self.reach * rearrange(matrix, "b (k l) -> b k l", k=3).tanh()
+            matrix = matrix + torch.eye(3, 4, device=A.device)
+            grid = F.affine_grid(matrix, map_B.shape, align_corners=False)
         moved = F.grid_sample(map_B, grid, align_corners=False)
         field = self.field(torch.cat([moved, map_A], dim=1)).float()
         position = positions(matrix, field, A.shape[2:])
         similar = local_ncc(F.grid_sample(B, position, align_corners=False, padding_mode="border"), A)
-        rough = sum(field.diff(dim=axis).square().mean() for axis in (2, 3, 4)) / 3
+        # neighbours of the field are two voxels apart
+        rough = sum((field.diff(dim=axis) / 2).square().mean() for axis in (2, 3, 4)) / 3
         out = self.network.out(whole_A).float()
         loss = 1 - similar + rough + F.mse_loss(out, A)
         off = misplaced(position, batch["H"], batch["valid"], self.patch)

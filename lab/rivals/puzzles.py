@@ -13,6 +13,7 @@ from einops import rearrange, reduce, repeat
 from torch import nn
 
 from data import patch_centres
+from losses import similarity
 from model import Projector, Swin3D, SwinUNETR
 from tasks import swin
 
@@ -46,7 +47,7 @@ class Rotation(nn.Module):
     Deviations: a sample is turned once a step (paper: all turns in one batch); crops must be cubes; with
     anisotropic voxels the sharpness along an axis gives the turn away.
     """
-    passes = (1, 0)
+    passes, cubes = (1, 0), True
 
     def __init__(self, cfg):
         super().__init__()
@@ -62,9 +63,16 @@ class Rotation(nn.Module):
         return F.cross_entropy(logits, turns), dict(accuracy=accuracy(logits, turns), chance=chance)
 
 
+def cost(count, size, crop):
+    """Passes of `count` inputs of `size` (3,), in passes of a crop: the encoder pads edges to multiples of
+    32."""
+    of_one, of_crop = (math.prod(-(-n // 32) for n in edges) for edges in (size, crop))
+    return count * of_one / of_crop
+
+
 def far_permutations(pieces, count, seed=0):
-    """(count, pieces) permutations, each chosen to be as far (Hamming) as can be from the nearest before it:
-    the greedy set of Jigsaw's Alg. 1 in its maximal form."""
+    """(count, pieces) permutations, each as far (Hamming) as can be from the nearest before it. Jigsaw's
+    Alg. 1 sums the distances to all before it, which lets two be near: 2 of 8 places apart at 100, here 5."""
     generator = np.random.default_rng(seed)
     every = np.array(list(itertools.permutations(range(pieces))))
     chosen, nearest = [generator.integers(len(every))], np.full(len(every), pieces + 1)
@@ -83,8 +91,12 @@ class Jigsaw(nn.Module):
     (paper 3^2), what a crop of 64^3 holds; features of 64 channels a piece (paper: 512); each crop is laid in
     32 orders a step (paper: 1), which costs the encoder nothing.
     """
-    passes = (1, 0)
     cells, count, orders = 2, 100, 32
+
+    @classmethod
+    def passes(cls, crop):
+        cells = [n // cls.cells for n in crop]
+        return cost(cls.cells**3, [n - n // 8 for n in cells], crop), 0
 
     def __init__(self, cfg):
         super().__init__()
@@ -149,7 +161,7 @@ class RubiksCube(nn.Module):
     SwinUNETR's; the loop has one optimizer, so the discriminator (3 convolutions) learns in the same backward
     pass, behind a reversed gradient (1409.7495); crops are cubes.
     """
-    passes = (1, 0)
+    passes, cubes = (1, 0), True
     cells, moves, adversarial = 4, 3, 0.01
 
     def __init__(self, cfg):
@@ -224,15 +236,23 @@ class VoCo(nn.Module):
     """Wu et al., CVPR 2024, arXiv:2402.17300: where among a grid of base crops does a random crop lie?
 
     Fig. 2: y, the shares of the random crop's volume in each base crop; l, the cosine of their embeddings
-    (negative: 0), no gradient into the base crops. Eq. 3: -mean log(1 - |y - l|); Eq. 4: mean cosine of two
-    base crops that are not the same; Eq. 5: their sum, weight 1. The region `around` the crop is cut into a
-    grid as the paper's slab of 4 x 4 crops is: as many base crops as crops cover an axis; all are shrunk
-    to half the crop's edges (paper: 96 to 64). Projector as in the released code: batch norms without
-    parameters. Deviations: as many random crops as base crops (released code: a batch's 2 to 8); none of the
-    flips and turns that the released code adds. passes holds for a grid of 2 x 2 x 2: 8 + 8 eighths.
+    (negative: 0), no gradient into the base crops. Loss as the paper has it: -mean log(1 - |y - l|), and mean
+    cosine of two base crops that are not the same, weight 1. The region `around` the crop is cut into a
+    grid as the paper's slab of 4 x 4 crops is, 2 x 2 x 2; all are shrunk to half the crop's edges, up to a
+    multiple of 32 (paper: 96 to 64). Projector as in the released code: batch norms without parameters.
+    The released code is not the paper: it weighs the terms by y and adds l^2 where y is 0, squares cosines of
+    base crops, has a slow teacher beside the student, takes five maps, flips and turns. Ours: the paper's
+    loss, the last map, as many random crops as base crops (code: 2 to 8).
     """
-    passes = (2, 0)
     surroundings = True
+
+    @classmethod
+    def passes(cls, crop):
+        return cost(2 * 8, cls.shrunk(crop), crop), 0
+
+    @staticmethod
+    def shrunk(crop):
+        return [-(-n // 64) * 32 for n in crop]
 
     def __init__(self, cfg):
         super().__init__()
@@ -244,23 +264,20 @@ class VoCo(nn.Module):
 
     def forward(self, batch, generator):
         V = batch["around"]
-        grid = [math.ceil(n / c) for n, c in zip(V.shape[2:], self.crop)]
-        grid = grid if max(grid) > 1 else [2, 2, 2]
-        edge = torch.tensor([n // g for n, g in zip(V.shape[2:], grid)], device=V.device)
-        bases = torch.cartesian_prod(*[torch.arange(g, device=V.device) for g in grid]) * edge  # (n, 3)
+        edge = torch.tensor(V.shape[2:], device=V.device) // 2
+        bases = torch.cartesian_prod(*[torch.arange(2, device=V.device)] * 3) * edge            # (n, 3)
         n, (i, j, k) = len(bases), edge.tolist()
-        room = edge * (torch.tensor(grid, device=V.device) - 1) + 1
-        starts = (torch.rand(len(V), n, 3, generator=generator, device=V.device) * room).long()
+        starts = (torch.rand(len(V), n, 3, generator=generator, device=V.device) * (edge + 1)).long()
         places = torch.cat([repeat(bases, "n d -> b n d", b=len(V)), starts], dim=1).tolist()
         crops = torch.stack([v[:, x:x + i, y:y + j, z:z + k]
                              for v, rows in zip(V, places) for x, y, z in rows])
-        maps = self.encoder(F.interpolate(crops, [c // 2 for c in self.crop], mode="trilinear"))
-        z = F.normalize(self.head(reduce(maps[-1], "b c x y z -> b c", "mean")).float(), dim=-1)
+        maps = self.encoder(F.interpolate(crops, self.shrunk(self.crop), mode="trilinear"))
+        z = self.head(reduce(maps[-1], "b c x y z -> b c", "mean"))
         base, query = rearrange(z, "(b s n) e -> s b n e", s=2, n=n)
         y = torch.stack([overlaps(each, bases, edge) for each in starts])                       # (b, n, n)
-        l = (query @ base.detach().mT).relu()
+        l = similarity(query, base.detach()).relu()
         loss = -torch.log((1 - (y - l).abs()).clamp(min=1e-6)).mean()
-        apart = (base @ base.mT).relu()
+        apart = similarity(base, base).relu()
         apart = (apart.sum() - apart.diagonal(dim1=1, dim2=2).sum()) / (len(V) * n * max(n - 1, 1))
         measures = dict(accuracy=accuracy(l, y.argmax(-1)), chance=l.new_tensor(1 / n), apart=apart.detach(),
                         of_mean=(y - l.detach()).abs().mean() / (y - 1 / n).abs().mean().clamp(min=1e-6))
