@@ -126,8 +126,9 @@ def test_no_run_goes_on_with_that_of_another(place):
     (dict(method="simclr", accumulate=2), "one process"),
     (dict(method="simclr", init=HERE / "run.py"), "init"),
     (dict(method="simclr", lr=-1.0), "lr = -1.0"),
-    (dict(method="rotation", crop=(64, 64, 32), slab=(64, 64, 32)), r"rotation .* cubes, found crop = \(64, 64, 32\)"),
-    (dict(method="rubiks_cube", crop=(64, 32, 64), slab=(64, 32, 64)), r"rubiks_cube .* cubes, found crop = \(64, 32, 64\)"),
+    (dict(method="rotation", crop=(64, 64, 32), slab=(64, 64, 32)), r"rotation .* first 3 edges are alike, found crop = \(64, 64, 32\)"),
+    (dict(method="rubiks_cube", crop=(64, 32, 64), slab=(64, 32, 64)), r"rubiks_cube .* first 3 edges are alike, found crop = \(64, 32, 64\)"),
+    (dict(method="swinmm", crop=(64, 32, 64), slab=(64, 32, 64)), r"swinmm .* first 2 edges are alike, found"),
 ])
 def test_what_cannot_run_is_refused_in_one_line(place, keys, text):
     with pytest.raises(SystemExit, match=text) as caught:

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
 from conftest import NETWORK, settings
 
@@ -66,13 +67,37 @@ def test_boxes_have_the_edges_and_the_share_asked_for():
 
 # ------------------------------------------------------------------------------- closed forms and brute force
 
-def test_near_is_the_mean_of_the_visible_voxels_around():
-    torch.manual_seed(0)
-    V, hidden = torch.rand(1, 2, 7, 6, 5, dtype=torch.float64), torch.rand(1, 1, 7, 6, 5) < 0.7
-    found = masking.near(V, hidden, reach=2)
-    for c, x, y, z in np.ndindex(2, 7, 6, 5):
-        box = tuple(slice(max(0, k - 2), k + 3) for k in (x, y, z))
-        assert found[0, c, x, y, z] == pytest.approx(V[0, c][box][~hidden[0, 0][box]].mean().item())
+def test_near_continues_what_is_seen_smoothly():
+    """Hidden cells: a linear system, each the mean of the cells around it; between cells: linear interpolation."""
+    V, hidden = volume(1, 24)[:, :, :16, :12, :20].double(), torch.zeros(1, 1, 16, 12, 20, dtype=torch.bool)
+    cells = torch.rand(4, 3, 5, generator=seeded()) < 0.7
+    hidden |= cells.repeat_interleave(4, 0).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    hidden[0, 0, :2] = True                                 # half of a cell: what is left of it counts
+    cells, mean = cells.numpy(), np.zeros((4, 3, 5))
+    matrix, right = np.eye(60), np.zeros(60)
+    for n, at in enumerate(np.ndindex(4, 3, 5)):
+        box = tuple(slice(4 * k, 4 * k + 4) for k in at)
+        if not cells[at]:
+            mean[at] = right[n] = V[0, 0][box][~hidden[0, 0][box]].mean()
+            continue
+        around = [c for c in np.ndindex(4, 3, 5) if max(abs(a - b) for a, b in zip(at, c)) <= 1]
+        for c in around:
+            matrix[n, np.ravel_multi_index(c, (4, 3, 5))] -= 1 / len(around)
+    wanted = np.linalg.solve(matrix, right).reshape(4, 3, 5)
+    grid = np.meshgrid(*[(np.arange(n) + 0.5) / 4 - 0.5 for n in (16, 12, 20)], indexing="ij")
+    wanted = scipy.ndimage.map_coordinates(wanted, grid, order=1, mode="nearest")
+    found = masking.near(V, hidden, sweeps=3000)
+    assert np.allclose(found[0, 0], wanted, atol=1e-9)
+    both = masking.near(torch.cat([V, 3 - V], dim=1), hidden, sweeps=3000)          # each channel for itself
+    assert torch.allclose(both, torch.cat([found, 3 - found], dim=1))
+
+
+def test_near_knows_more_than_the_mean():
+    V = volume(4)
+    hidden = masking.hidden_patches(V, 16, 0.6, seeded())
+    guess = masking.near(V, hidden)
+    assert masking.restored(guess, V, hidden, guess)["of_mean"] < 0.8
+    assert torch.equal(guess, masking.near(torch.where(hidden, 7.0, V), hidden))
 
 
 def test_restored_is_1_for_each_shortcut_and_0_for_the_truth():
@@ -125,8 +150,119 @@ def test_genesis_spoils_as_it_says():
     tiles = [x.unfold(2, 4, 4).unfold(3, 4, 4).unfold(4, 4, 4).reshape(40 * 512, 64) for x in (V, mixed)]
     assert torch.equal(*(t.sort(1)[0] for t in tiles))      # the same voxels in each tile
     assert 0.45 < (tiles[0] == tiles[1]).all(1).float().mean() < 0.55
-    same = (method.spoilt(V, seeded()) == V).float().mean((1, 2, 3, 4))
-    assert (same < 1).all() or (same == 1).float().mean() < 0.1
+
+
+def test_genesis_paints_as_often_and_as_much_as_it_says(monkeypatch):
+    method = built("models_genesis")
+    monkeypatch.setattr(masking, "noise", lambda x, _: torch.full_like(x, 9.0))
+    share = (method.spoilt(torch.rand(1000, 1, 16, 16, 16, generator=seeded()), seeded()) == 9).float().mean((1, 2, 3, 4))
+    inside = (share > 0) & (share <= 5 * (5 / 16) ** 3)     # five boxes of at most a third of the edges
+    assert (share == 0).float().mean() == pytest.approx(0.1, abs=0.03)
+    assert inside.float().mean() == pytest.approx(0.9 * 0.2, abs=0.04)
+    assert share[inside].mean() == pytest.approx(5 * (1 / 4) ** 3, abs=0.03)
+    rng, kept = np.random.default_rng(0), []                # all but five boxes of 3/7 to 4/7 of the edges
+    for _ in range(500):
+        room = np.ones((16, 16, 16))
+        for _ in range(5):
+            edges = np.round(16 * rng.uniform(3 / 7, 4 / 7, 3)).astype(int)
+            room[tuple(slice(a, a + n) for a, n in zip(rng.integers(0, 17 - edges), edges))] = 0
+        kept.append(room.mean())
+    assert share[share > 0.16].mean() == pytest.approx(np.mean(kept), abs=0.02)
+
+
+def turned(V, turns):
+    return torch.stack([torch.from_numpy(np.rot90(v, int(k), (1, 2)).copy()) for v, k in zip(V.numpy(), turns)])
+
+
+def standardised(maps):
+    x = maps[-1].mean((2, 3, 4))
+    return (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+
+
+def entropy(logits, target):
+    """Cross-entropy of rows, target: classes or their probabilities."""
+    log = (logits - logits.exp().sum(1, keepdim=True).log()).double()
+    return -(log * target).sum(1).mean() if target.ndim == 2 else -log[range(len(log)), target].mean()
+
+
+def test_the_parts_of_genesis(monkeypatch):
+    method, V, given = built("models_genesis"), volume(), []
+    guess = torch.rand(V.shape, generator=seeded(1))
+    monkeypatch.setattr(method.network, "forward", lambda x: given.append(x) or guess)
+    loss, measures = method(batch(), seeded(2))
+    assert loss.item() == pytest.approx(((guess - V) ** 2).mean().item(), rel=1e-5)
+    assert torch.equal(given[0], method.spoilt(V, seeded(2))) and not torch.equal(given[0], V)
+    assert measures["of_input"] == pytest.approx((loss / ((given[0] - V) ** 2).mean()).item(), rel=1e-5)
+
+
+def test_the_parts_of_gl_mae():
+    method, draws = built("gl_mae"), seeded(3)
+    with torch.no_grad():
+        for p in method.teacher.parameters():
+            p.mul_(1.1)
+        for k, seed in enumerate((3, 4)):                   # the second step's targets are less the centre
+            V, draws, centre = volume(3, seed=seed), seeded(seed), method.centre.clone()
+            loss, measures = method(dict(V=V, subjects=torch.arange(3)), seeded(seed))
+            starts = (torch.rand(3, 3, generator=draws) * 33).long().tolist()
+            local = torch.stack([v[:, x:x + 32, y:y + 32, z:z + 32] for v, (x, y, z) in zip(V, starts)])
+            views = torch.cat([V, torch.nn.functional.interpolate(local, (64,) * 3, mode="trilinear")])
+            hidden = masking.hidden_patches(views, 16, 0.6, draws)
+            masked = torch.where(hidden, 0.0, views)
+            error = ((method.network(masked) - views)[hidden] ** 2).mean()
+            anchor = method.teacher[1](standardised(method.teacher[0](V)))
+            target = (25 * (anchor - centre)).exp()
+            target = (target / target.sum(1, keepdim=True)).double()
+            agree = [entropy(10 * method.head(standardised([m])), target)
+                     for m in (method.encoder(masked)[-1][:3], method.encoder(masked)[-1][3:])]
+            assert loss.item() == pytest.approx(2 * error.item() + sum(agree).item(), rel=1e-4)
+            assert measures["agree"].item() == pytest.approx(sum(agree).item(), rel=1e-4)
+            assert torch.allclose(method.centre, 0.9 * centre + 0.1 * anchor.mean(0), atol=1e-5)
+            assert abs(anchor.mean(0)).max() > 1e-3 and measures["top1_chance"].item() == pytest.approx(1 / 3)
+            assert measures["agree_chance"].item() == pytest.approx(2 * math.log(8))
+
+
+def test_the_parts_of_swin_unetr(monkeypatch):
+    method, draws, V = built("swin_unetr"), seeded(5), volume(3)
+    with torch.no_grad():
+        loss, measures = method(batch(3), seeded(5))
+        turns = torch.randint(4, (6,), generator=draws)
+        V = turned(torch.cat([V, V]), turns)
+        hidden = masking.boxes(V, 0.05, 0.25, 150, draws, 0.3 * torch.rand(6, 1, generator=draws))
+        maps = method.encoder(torch.where(hidden, masking.noise(V, draws), V))
+        x = masking.upsampled(method.decoder, maps[-1], 32)
+        z = standardised(maps)
+        cos = torch.cosine_similarity(*(method.contrast(z)[at] for at in np.ogrid[:6, :6]), dim=2) / 0.5
+        cos[range(6), range(6)] = -1e4                      # nobody finds itself
+        contrast = entropy(cos, torch.arange(6).roll(3))
+        rotate = entropy(method.rotation(z), turns)
+    assert loss.item() == pytest.approx(((x - V).abs().mean() + rotate + contrast).item(), rel=1e-4)
+    for name, value in dict(inpaint=(x - V).abs().mean(), rotate=rotate, contrast=contrast).items():
+        assert measures[name].item() == pytest.approx(value.item(), rel=1e-4), name
+    assert len(set(turns.tolist())) > 2 and 0.02 < hidden.float().mean() < 0.2
+
+
+@pytest.mark.parametrize("seed", [5, 6])
+def test_the_parts_of_swinmm(seed):
+    method, draws, V = built("swinmm"), seeded(seed), volume(3)
+    with torch.no_grad():
+        loss, measures = method(batch(3), seeded(seed))
+        turns = torch.randint(4, (6,), generator=draws)
+        V = turned(torch.cat([V, V]), turns)
+        hidden = masking.hidden_patches(V, 16, 0.5, draws)
+        masked = torch.stack([torch.where(h, v[~h].mean(), v) for v, h in zip(V, hidden)])
+        order = [(3, 4, 2), (4, 2, 3)][torch.randint(2, (), generator=draws)]
+        sides = masked, masked.permute(0, 1, *order)
+        back = [2 + order.index(axis) for axis in (2, 3, 4)]
+        restored = method.network(sides[0]), method.network(sides[1]).permute(0, 1, *back)
+        goal = torch.stack([(v - v.mean()) / v.std() for v in V])
+        wanted = 2 * ((restored[0] - restored[1])[hidden] ** 2).mean()
+        for side, x in zip(sides, restored):
+            z = standardised(method.encoder(side))
+            cos = torch.cosine_similarity(*(method.contrast(z)[at] for at in np.ogrid[:6, :6]), dim=2) / 0.5
+            cos[range(6), range(6)] = -1e4
+            wanted = wanted + ((x - goal)[hidden] ** 2).mean()
+            wanted = wanted + entropy(method.rotation(z), turns) + entropy(cos, torch.arange(6).roll(3))
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
 
 
 # ---------------------------------------------------------------- all methods; nothing hidden is seen

@@ -93,13 +93,14 @@ def load(argv):
 def check(cfg, ranks):
     """Refuse what cannot run, one line each, before anything is read or written."""
     pretrain.check(cfg, ranks)
+    alike = getattr(METHODS[cfg.method], "alike", 0)
     run.refuse([
         (cfg.slab == cfg.crop, f"slab = {cfg.slab}, crop = {cfg.crop}: a rival sees one crop of a scan, give "
          f"--slab={','.join(map(str, cfg.crop))}"),
         (ranks == 1 and cfg.accumulate == 1,
          "rivals train in one process, a step in one pass: methods contrast the samples of a batch"),
-        (len(set(cfg.crop)) == 1 or not getattr(METHODS[cfg.method], "cubes", False),
-         f"{cfg.method} turns cubes, found crop = {cfg.crop}"),
+        (len(set(cfg.crop[:alike])) <= 1, f"{cfg.method} turns crops whose first {alike} edges are alike, "
+         f"found crop = {cfg.crop}"),
         (not cfg.init, "init: rivals start from random weights"),
         (cfg.method not in variants.METHODS or (cfg.matching, cfg.negatives) == ("dual_softmax", "step"),
          f"{cfg.method} matches by 'dual_softmax' and has negatives of the 'step' alone, found "

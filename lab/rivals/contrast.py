@@ -448,8 +448,7 @@ class GVSL(nn.Module):
         field = self.field(torch.cat([moved, map_A], dim=1)).float()
         position = positions(matrix, field, A.shape[2:])
         similar = local_ncc(F.grid_sample(B, position, align_corners=False, padding_mode="border"), A)
-        # neighbours of the field are two voxels apart
-        rough = sum((field.diff(dim=axis) / 2).square().mean() for axis in (2, 3, 4)) / 3
+        rough = sum((field.diff(dim=axis) / 2).square().mean() for axis in (2, 3, 4)) / 3   # 2 voxels apart
         out = self.network.out(whole_A).float()
         loss = 1 - similar + rough + F.mse_loss(out, A)
         off = misplaced(position, batch["H"], batch["valid"], self.patch)

@@ -1,10 +1,10 @@
 """Rivals that hide or spoil parts of a crop and restore them.
 
 Each method: `loss, measures = method(batch, generator)`. All take intensities as the data's preprocessing
-leaves them. The names of the measures say what a squared error is a part of; only below 1 is more learned
-than the shortcut knows:
-of_mean    of the error of the hidden voxels' own mean, which takes no look at their surroundings
-of_near    of the error of a blurred copy of what is seen around, the shortcut of all restoring
+leaves them. The names of the measures say what a squared error is a part of; above 1 less is learned than
+the shortcut knows:
+of_mean    of the error of the own mean of what is to be restored, which takes no look at its surroundings
+of_near    of the error of what is seen, continued smoothly: the shortcut of all restoring
 of_input   of the error of the spoilt crop as it is
 """
 import copy
@@ -60,13 +60,16 @@ def masked_mean(x, hidden):
     return (x * hidden).sum() / (hidden.sum() * x.shape[1]).clamp(min=1)
 
 
-def near(V, hidden, reach=16):
-    """V guessed from what is seen: at each voxel the mean of the visible ones up to `reach` away an axis."""
-    seen, width = (~hidden).to(V), 2 * reach + 1
-    total = torch.cat([V * seen, seen], dim=1)
-    for kernel in ((width, 1, 1), (1, width, 1), (1, 1, width)):
-        total = F.avg_pool3d(total, kernel, 1, [k // 2 for k in kernel])
-    return total[:, :-1] / total[:, -1:].clamp(min=1e-3)
+def near(V, hidden, cell=4, sweeps=40):
+    """V continued smoothly into the hidden voxels: cells of cell^3 voxels, none of them seen, become the mean
+    of the 3^3 cells around them, again and again, which are then interpolated."""
+    seen = (~hidden).to(V)
+    share = F.avg_pool3d(seen, cell)
+    known, x = share > 0, F.avg_pool3d(V * seen, cell) / share.clamp(min=1e-6)
+    out = x + ~known * (x * known).sum((2, 3, 4), True) / known.sum((2, 3, 4), True).clamp(min=1)
+    for _ in range(sweeps):
+        out = torch.where(known, x, F.avg_pool3d(out, 3, 1, 1, count_include_pad=False))
+    return F.interpolate(out, V.shape[2:], mode="trilinear")
 
 
 @torch.no_grad()
@@ -149,7 +152,9 @@ class MAE3D(nn.Module):
         hidden = hidden_patches(V, self.patch, self.share, generator)
         x = self.network(torch.where(hidden, rearrange(self.token, "c -> c 1 1 1"), V)).float()
         truth = self.targets(V)
-        measures = restored(x, truth, hidden, self.targets(near(V, hidden)))
+        guess = self.targets(near(V, hidden))           # at the best contrast: a patch may have any
+        fit = masked_mean(guess * truth, hidden) / masked_mean(guess.square(), hidden).clamp(min=1e-6)
+        measures = restored(x, truth, hidden, fit * guess)
         return masked_mean((x - truth).square(), hidden), measures
 
 
@@ -161,7 +166,8 @@ class GLMAE(nn.Module):
     complete global view as anchor, which a momentum teacher encodes; mean squared error on hidden voxels.
     Ours: patches of 16, share 0.6; all four terms weigh 1; consistency by DINO's cross-entropy (2104.14294:
     temperatures 0.1 and 0.04, centre 0.9), teacher by cfg.momentum. Deviations: the global view is the crop
-    (paper: of the whole scan), the local one of half its edges, enlarged to the crop; hidden as in MAE3D.
+    (paper: of the whole scan), the local one of half its edges, enlarged to the crop; hidden as in MAE3D;
+    the head is a layer of hidden units on features standardised over the batch (`pooled`).
     """
     passes = (2, 1)
     patch, share = 16, 0.6
@@ -180,8 +186,8 @@ class GLMAE(nn.Module):
     def forward(self, batch, generator):
         V = batch["V"]
         half = [n // 2 for n in V.shape[2:]]
-        starts = torch.rand(len(V), 3, generator=generator, device=V.device)
-        starts = (starts * torch.tensor(half, device=V.device)).long().tolist()
+        starts = torch.rand(len(V), 3, generator=generator, device=V.device).cpu()
+        starts = (starts * (torch.tensor(half) + 1)).long().tolist()
         local = [v[:, x:x + half[0], y:y + half[1], z:z + half[2]] for v, (x, y, z) in zip(V, starts)]
         views = torch.cat([V, F.interpolate(torch.stack(local), V.shape[2:], mode="trilinear")])
         hidden, seen = hidden_patches(views, self.patch, self.share, generator), []
@@ -189,17 +195,18 @@ class GLMAE(nn.Module):
         x = self.network(torch.where(hidden, rearrange(self.token, "c -> c 1 1 1"), views)).float()
         hook.remove()
         with torch.no_grad():
-            anchor = self.teacher[1](reduce(self.teacher[0](V)[-1], "b c x y z -> b c", "mean")).float()
+            anchor = self.teacher[1](pooled(self.teacher[0](V))).float()
             target = ((anchor - self.centre) / 0.04).softmax(1)
             self.centre.lerp_(anchor.mean(0), 0.1)
-        logits = self.head(reduce(seen[0], "b c x y z -> b c", "mean")).float() / 0.1
+        logits = self.head(torch.cat([pooled([maps]) for maps in seen[0].chunk(2)])).float() / 0.1
         agree = 2 * F.cross_entropy(logits, torch.cat([target, target]))            # of the two views
         restore = 2 * masked_mean((x - views).square(), hidden)
         both = (rearrange(x, "n e -> 1 n e") for x in (logits[:len(V)], anchor - self.centre))
         scores = similarity(*both)[0]
-        top1 = accuracy(scores, torch.arange(len(V), device=V.device))              # chance 1 / b
-        measures = restored(x, views, hidden, near(views, hidden))
-        return restore + agree, measures | dict(top1=top1, agree=agree.detach())
+        top1 = accuracy(scores, torch.arange(len(V), device=V.device))
+        measures = dict(top1=top1, top1_chance=logits.new_tensor(1 / len(V)), agree=agree.detach(),
+                        agree_chance=logits.new_tensor(2 * math.log(logits.shape[1])))
+        return restore + agree, measures | restored(x, views, hidden, near(views, hidden))
 
     def after_step(self, step, steps):
         pretrain.follow(self.teacher, nn.ModuleList([self.encoder, self.head]), self.momentum)
@@ -268,10 +275,11 @@ class SwinUNETRPretraining(nn.Module):
     Sec. 3.2 and the released code: each copy is turned by 0, 90, 180 or 270 degrees about z, then boxes of 5
     to 25 % of the edges, until a share drawn up to 30 % is full, become noise; L1 over all voxels, cross-
     entropy of the turn, NT-Xent at temperature 0.5, all of weight 1. Decoder: one layer from the last map,
-    as its transposed convolution. Deviations: crops are cubes; pooled features are standardised over the
-    batch (`pooled`); the released code also pastes boxes of other crops.
+    as its transposed convolution. Deviations: crops are square in x y; both heads read the mean of the last
+    map, standardised over the batch (`pooled`; code: a token each), the turn's has two layers (code: one);
+    the released code also pastes boxes of other crops.
     """
-    passes = (2, 0)
+    passes, alike = (2, 0), 2
 
     def __init__(self, cfg):
         super().__init__()
@@ -284,7 +292,7 @@ class SwinUNETRPretraining(nn.Module):
         turns = torch.randint(4, (len(V),), generator=generator, device=V.device)
         V = turned(V, turns, TURNS_Z)
         most = 0.3 * torch.rand(len(V), 1, generator=generator, device=V.device)
-        hidden = boxes(V, 0.05, 0.25, 80, generator, most)
+        hidden = boxes(V, 0.05, 0.25, 150, generator, most)
         maps = self.encoder(torch.where(hidden, noise(V, generator), V))
         x, z = upsampled(self.decoder, maps[-1], 32), pooled(maps)
         logits = self.rotation(z).float()
@@ -302,12 +310,13 @@ class SwinMM(nn.Module):
 
     Sec. 2.1 and the released code: two copies, each turned about z by 0 to 270 degrees and half of its
     patches of 16 voxels hidden; each is seen from two sides (axes permuted cyclically). Tasks, all of weight
-    1: mean squared error over hidden voxels, the turn, NT-Xent (0.5) of the two copies, and the mutual loss:
-    both sides restore the hidden voxels alike. Decoder: SwinUNETR's, as there. Deviations: crops are cubes;
-    the second copy's sides are compared with each other (released code: with the first's); pooled features as
-    in Swin-UNETR's pre-training; hidden voxels hold the mean of the others (there: 0, which may be tissue).
+    1: mean squared error over hidden voxels, of each crop standardised (code), the turn, NT-Xent (0.5) of the
+    two copies, and the mutual loss: both sides restore the hidden voxels alike. Decoder: SwinUNETR's, as
+    there. Deviations: crops are square in x y, and one that is no cube tells its side; the second copy's
+    sides are compared with each other (released code: with the first's); heads as in Swin-UNETR's
+    pre-training; hidden voxels hold the mean of the others (there: 0, which may be tissue).
     """
-    passes = (4, 0)
+    passes, alike = (4, 0), 2
     patch, share = 16, 0.5
     SIDES = ("b c x y z -> b c y z x", "b c x y z -> b c z x y")
     BACK = ("b c y z x -> b c x y z", "b c z x y -> b c x y z")
@@ -325,6 +334,7 @@ class SwinMM(nn.Module):
         hidden = hidden_patches(V, self.patch, self.share, generator)
         mean = (V * ~hidden).sum((2, 3, 4), keepdim=True) / (~hidden).sum((2, 3, 4), keepdim=True)
         masked = torch.where(hidden, mean, V)
+        V = (V - V.mean((1, 2, 3, 4), True)) / (V.var((1, 2, 3, 4), keepdim=True) + 1e-6).sqrt()
         side, seen = int(torch.randint(2, (), generator=generator, device=V.device)), []
         hook = self.encoder.register_forward_hook(lambda _, __, maps: seen.append(pooled(maps)))
         x = self.network(masked).float()

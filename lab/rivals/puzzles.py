@@ -47,7 +47,7 @@ class Rotation(nn.Module):
     Deviations: a sample is turned once a step (paper: all turns in one batch); crops must be cubes; with
     anisotropic voxels the sharpness along an axis gives the turn away.
     """
-    passes, cubes = (1, 0), True
+    passes, alike = (1, 0), 3
 
     def __init__(self, cfg):
         super().__init__()
@@ -64,8 +64,7 @@ class Rotation(nn.Module):
 
 
 def cost(count, size, crop):
-    """Passes of `count` inputs of `size` (3,), in passes of a crop: the encoder pads edges to multiples of
-    32."""
+    """Passes of a crop that `count` inputs of `size` (3,) cost: the encoder pads edges to multiples of 32."""
     of_one, of_crop = (math.prod(-(-n // 32) for n in edges) for edges in (size, crop))
     return count * of_one / of_crop
 
@@ -161,7 +160,7 @@ class RubiksCube(nn.Module):
     SwinUNETR's; the loop has one optimizer, so the discriminator (3 convolutions) learns in the same backward
     pass, behind a reversed gradient (1409.7495); crops are cubes.
     """
-    passes, cubes = (1, 0), True
+    passes, alike = (1, 0), 3
     cells, moves, adversarial = 4, 3, 0.01
 
     def __init__(self, cfg):
