@@ -239,6 +239,8 @@ def test_the_parts_of_swin_unetr(monkeypatch):
     for name, value in dict(inpaint=(x - V).abs().mean(), rotate=rotate, contrast=contrast).items():
         assert measures[name].item() == pytest.approx(value.item(), rel=1e-4), name
     assert len(set(turns.tolist())) > 2 and 0.02 < hidden.float().mean() < 0.2
+    monkeypatch.setattr(masking, "upsampled", lambda *_: V - 0.1)       # as it was turned, a tenth too dark
+    assert method(batch(3), seeded(5))[1]["inpaint"].item() == pytest.approx(0.1, rel=1e-4)
 
 
 @pytest.mark.parametrize("seed", [5, 6])
