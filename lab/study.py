@@ -17,10 +17,12 @@ import numpy as np
 import torch
 
 import configs
+import data
 import finetune
 import metrics
 import run
 import tasks
+from lab import probe
 from model import Swin3D
 
 
@@ -40,6 +42,7 @@ class Config:
     # Learning rates that every row tries with the first seed: it keeps that of the best linear probe of the
     # scans of rate_keys. (): the rate of its keys
     rates: tuple = ()
+    edge_rates: tuple = ()          # (lower, higher): one more where the lowest or highest of them is best
     rate_keys: dict = dataclasses.field(default_factory=dict)       # of lab.probe, over probe_keys
     jobs: int = 1                   # processes at a time
     probes: bool = True             # lab.probe for every row
@@ -55,14 +58,18 @@ class Config:
 
 
 def check(cfg):
-    """Exit unless there are rows, seeds, scans to judge rates by, and cfg.labelled training subjects, of
-    which the shots are shares."""
+    """Exit unless there are rows, seeds, scans to judge rates by that no table reports, and cfg.labelled
+    training subjects, of which the shots are shares."""
     if not cfg.rows or not cfg.seeds or set(cfg.shots) - set(cfg.rows):
         raise SystemExit("the study needs `seeds`, `rows`, and shots of some of them; found seeds "
                          f"{cfg.seeds}, rows {', '.join(cfg.rows) or 'none'}, shots {cfg.shots}")
     if cfg.rates and not cfg.rate_keys:
         raise SystemExit(f"rates = {cfg.rates} are judged on the scans that rate_keys name; it is empty, and "
                          "the scans that the table reports must not choose")
+    if cfg.edge_rates and (len(cfg.edge_rates) != 2 or not cfg.edge_rates[0] < min(cfg.rates, default=0)
+                           or not max(cfg.rates) < cfg.edge_rates[1]):
+        raise SystemExit(f"edge_rates = {cfg.edge_rates}: expected one below and one above rates = "
+                         f"{cfg.rates}")
     if not all(0 < n <= cfg.labelled for numbers in cfg.shots.values() for n in numbers):
         raise SystemExit(f"shots = {cfg.shots}: expected 1 to {cfg.labelled} (labelled)")
     if cfg.shots:
@@ -72,6 +79,14 @@ def check(cfg):
         if len(found) != cfg.labelled:
             raise SystemExit(f"labelled = {cfg.labelled}, but {cfg.finetune_config} with finetune_keys "
                              f"trains on {len(found)} subjects ({', '.join(found[:3])}, ..)")
+    if cfg.rates:
+        keys = cfg.pretrain_keys | cfg.probe_keys | dict(data=cfg.data)
+        probing = [[cfg.pretrain_config, *flags(keys | more)] for more in (cfg.rate_keys, {})]
+        judging, told = (data.find_cases(probe.load(probe.Config, argv)) for argv in probing)
+        told = (told if cfg.probes else []) + (cases["test"] if cfg.shots else [])
+        if both := {str(case["images"][0]) for case in judging} & {str(case["images"][0]) for case in told}:
+            raise SystemExit(f"rate_keys: {len(both)} scans that the table reports would choose the rate, "
+                             f"{min(both)} among them")
 
 
 def flags(keys):
@@ -123,33 +138,52 @@ def number(folder, part, cfg):
             for metric in ("dice", "hd95")[:1 + cfg.hd95]}
 
 
+def result(command):
+    """A command less the keys that change no result."""
+    return [arg for arg in command if not arg.startswith(("--workers=", "--cache=", "--log_every="))]
+
+
 def run_row(n, row, seed, cfg, asked):
-    """Run what is not complete, of the parts asked for (None: all) -> {part: {"value", "minutes",
-    "commands"}}, as outcome.json holds it."""
+    """Run what is not complete, of the parts asked for (None: all) -> {part: {"value", "minutes", "commands",
+    "commit"}}, as outcome.json holds it. A trial of a rate that diverges has the value "diverged"."""
     folder, gpus = Path(cfg.runs) / cfg.name / f"{row}-{seed}", torch.cuda.device_count()
     folder.mkdir(parents=True, exist_ok=True)
     done, log = folder / "outcome.json", folder / "out.log"
-    outcome = json.loads(done.read_text()) if done.exists() else {}
+    outcome, commit = json.loads(done.read_text()) if done.exists() else {}, run.versions()["commit"]
     environment = os.environ | dict(PYTHONPATH=str(Path(__file__).resolve().parents[1]))   # -m anywhere
     if gpus:
         environment |= dict(CUDA_VISIBLE_DEVICES=str(n % cfg.jobs % gpus))
     else:
         environment |= dict(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // cfg.jobs)))
-    for part, commands in plan(row, seed, cfg).items():
-        if outcome.get(part, {}).get("commands") == commands or asked and part not in asked:
+    parts = plan(row, seed, cfg)
+    for part, commands in parts.items():
+        before = outcome.get(part, {})
+        same = [*map(result, before.get("commands", []))] == [*map(result, commands)]
+        if same and "minutes" in before or asked and part not in asked:
             continue
-        began = time.time()
+        if outcome.get("pretrain", {}).get("value") == "diverged" and "pretrain" in parts:
+            break
+        if part not in ("rate", "probe"):       # which train: theirs must be no other run under this name
+            if before and not same:
+                raise SystemExit(f"{folder}, {part}: was made by `{' '.join(before['commands'][0])}`, now "
+                                 f"`{' '.join(commands[0])}`; remove it or give the study another --name")
+            outcome[part] = dict(commands=commands)
+            run.write_json(done, outcome)
+        began, value = time.time(), None
         for command in commands:
             with open(log, "a") as file:
                 print("python -m", *command, file=file, flush=True)
                 line = [sys.executable, "-m", *command]
                 ended = subprocess.run(line, env=environment, stdout=file, stderr=subprocess.STDOUT)
             if ended.returncode:
-                raise SystemExit(f"python -m {' '.join(command)}\nfailed, see {log}")
+                if part != "pretrain" or not asked or "not finite" not in log.read_text().splitlines()[-1]:
+                    raise SystemExit(f"python -m {' '.join(command)}\nfailed, see {log}")
+                value = "diverged"
         minutes = (time.time() - began) / 60
-        outcome[part] = dict(value=number(folder, part, cfg), minutes=minutes, commands=commands)
+        outcome[part] = dict(value=value or number(folder, part, cfg), minutes=minutes, commands=commands,
+                             commit=commit)
         run.write_json(done, outcome)
-        print(f"{folder.name}, {part}: {minutes:.1f} min", flush=True)
+        print(f"{folder.name}, {part}: {minutes:.1f} min{value and ', ' + value or ''}", flush=True)
     return outcome
 
 
@@ -198,13 +232,19 @@ def shots_table(results, cfg):
     return markdown(heads, lines)
 
 
+def cost(results):
+    """(minutes of all parts, the commits that made them)."""
+    parts = [part for outcome in results.values() for part in outcome.values()]
+    return sum(part["minutes"] for part in parts), sorted({part.get("commit", "unknown") for part in parts})
+
+
 def table(results, cfg):
     """The tables of what was asked for, and what they cost."""
     tables = (probe_table, cfg.probes), (shots_table, cfg.shots)
     texts = [make(results, cfg) for make, asked in tables if asked]
-    minutes = sum(part["minutes"] for outcome in results.values() for part in outcome.values())
-    seeds = ", ".join(map(str, cfg.seeds))
-    texts.append(f"Mean (seeds {seeds}); {minutes:.0f} minutes of processes, {cfg.jobs} at a time.")
+    minutes, commits = cost(results)
+    texts.append(f"Mean (seeds {', '.join(map(str, cfg.seeds))}); {minutes:.0f} minutes of processes, "
+                 f"{cfg.jobs} at a time; code of {', '.join(commits)}.")
     return "\n\n".join(texts)
 
 
@@ -220,18 +260,33 @@ def run_all(cfg, seeds, asked=None):
 def at_best_rates(cfg):
     """(cfg with "row, rate" in place of every row that learns, a table of what each rate gave)."""
     learn = {row: own for row, own in cfg.rows.items() if own is not None and "init" not in own}
-    trials = {(row, rate): own | dict(lr=rate) for row, own in learn.items() for rate in cfg.rates}
-    named = {trial: f"{trial[0]}, {trial[1]:g}" for trial in trials}
-    of_trials = dataclasses.replace(cfg, rows={named[trial]: own for trial, own in trials.items()}, shots={})
-    results = run_all(of_trials, cfg.seeds[:1], ("pretrain", "rate"))
-    scores = {trial: results[f"{named[trial]}-{cfg.seeds[0]}"]["rate"]["value"]["linear"]["balanced_accuracy"]
-              for trial in trials}
-    best = {row: named[row, max(cfg.rates, key=lambda rate: scores[row, rate])] for row in learn}
-    rows = {best.get(row, row): of_trials.rows.get(best.get(row), own) for row, own in cfg.rows.items()}
-    shots = {best.get(row, row): numbers for row, numbers in cfg.shots.items()}
-    lines = [[row, *(f"{scores[row, rate]:.3f}" for rate in cfg.rates)] for row in learn]
-    tried = markdown(["linear probe that chooses", *(f"rate {rate:g}" for rate in cfg.rates)], lines)
-    return dataclasses.replace(cfg, rows=rows, shots=shots), tried
+    edges = dict(zip((min(cfg.rates), max(cfg.rates)), cfg.edge_rates))
+    asked, scores, results = {(row, rate) for row in learn for rate in cfg.rates}, {}, {}
+    for _ in range(2):                          # the rates, then the edges
+        todo = [(row, rate) for row in learn for rate in (*cfg.rates, *cfg.edge_rates)
+                if (row, rate) in asked - set(scores)]
+        named = {f"{row}, {rate:g}": learn[row] | dict(lr=rate) for row, rate in todo}
+        trials = dataclasses.replace(cfg, rows=named, shots={})
+        results |= run_all(trials, cfg.seeds[:1], ("pretrain", "rate"))
+        for row, rate in todo:
+            found = results[f"{row}, {rate:g}-{cfg.seeds[0]}"].get("rate")
+            scores[row, rate] = found["value"]["linear"]["balanced_accuracy"] if found else -1
+        best = {row: max((scores[r, rate], rate) for r, rate in scores if r == row)[1] for row in learn}
+        asked |= {(row, edges[rate]) for row, rate in best.items() if rate in edges}
+    if lost := [row for row, rate in best.items() if scores[row, rate] < 0]:
+        raise SystemExit(f"{', '.join(lost)}: diverged at every rate, see {Path(cfg.runs) / cfg.name}")
+    named = {row: f"{row}, {rate:g}" for row, rate in best.items()}
+    rows = {named.get(row, row): own | dict(lr=best[row]) if row in best else own
+            for row, own in cfg.rows.items()}
+    shots = {named.get(row, row): numbers for row, numbers in cfg.shots.items()}
+    every, show = sorted({rate for _, rate in scores}), {None: "", -1: "diverged"}
+    lines = [[row, *(show.get(x, x and f"{x:.3f}") for x in (scores.get((row, rate)) for rate in every))]
+             for row in learn]
+    text = markdown(["linear probe that chooses", *(f"rate {rate:g}" for rate in every)], lines)
+    kept = {f"{name}-{cfg.seeds[0]}" for name in named.values()}
+    minutes, commits = cost({name: found for name, found in results.items() if name not in kept})
+    text += f"\n\nRates that were not kept: {minutes:.0f} minutes more; code of {', '.join(commits)}."
+    return dataclasses.replace(cfg, rows=rows, shots=shots), text
 
 
 def conduct(cfg):

@@ -1,4 +1,5 @@
 """The study: every row an ordinary run, its table what the runs scored."""
+import dataclasses
 import json
 import os
 import re
@@ -154,7 +155,10 @@ def test_every_row_that_learns_keeps_the_rate_of_its_best_probe(monkeypatch, tmp
         plans[row, seed] = study.plan(row, seed, cfg)
         ran.append((row, seed, asked))
         name, rate = row.split(", ")
-        return {"rate": {"value": {"linear": {"balanced_accuracy": scores[name, float(rate)]}}}}
+        found = scores[name, float(rate)]
+        trained = {"pretrain": {"minutes": 2.0, "commit": "abc"}}
+        return trained if found is None else trained | {"rate": {
+            "minutes": 0.5, "value": {"linear": {"balanced_accuracy": found}}}}
 
     monkeypatch.setattr(study, "run_row", run_row)
     chosen, tried = study.at_best_rates(cfg)
@@ -164,9 +168,99 @@ def test_every_row_that_learns_keeps_the_rate_of_its_best_probe(monkeypatch, tmp
     assert chosen.rows == {"none": None, "here": {"init": "e.pt"}, "ours, 0.001": {"lr": 1e-3},
                            "theirs, 0.01": {"method": "voco", "lr": 1e-2}}
     assert chosen.shots == {"none": (2,), "theirs, 0.01": (2,)} and chosen.seeds == (4, 5)
-    assert tried.splitlines()[2:] == ["| ours | 0.500 | 0.300 |", "| theirs | 0.200 | 0.400 |"]
+    assert tried.splitlines()[2:4] == ["| ours | 0.500 | 0.300 |", "| theirs | 0.200 | 0.400 |"]
+    assert tried.endswith("\n\nRates that were not kept: 5 minutes more; code of abc, unknown.")
     same, later = study.plan("theirs, 0.01", 4, chosen), study.plan("theirs, 0.01", 5, chosen)
     assert same["pretrain"] == plans["theirs, 0.01", 4]["pretrain"] and same["pretrain"][0][0] == "lab.rivals"
     assert same["rate"] == plans["theirs, 0.01", 4]["rate"] and "--exclude=('a*',)" in same["rate"][0]
     assert "--exclude=('a*',)" not in same["probe"][0] and "rate" not in later
     assert plans["ours, 0.01", 4]["pretrain"][0][0] == "pretrain"
+
+    # where the best is at an end one rate more is tried; one that diverges has lost
+    ran.clear()
+    scores |= {("ours", 1e-4): 0.45, ("theirs", 1e-2): None, ("theirs", 1e-4): 0.6}
+    chosen, tried = study.at_best_rates(dataclasses.replace(cfg, edge_rates=(1e-4, 1e-1)))
+    assert [row for row, *_ in ran[4:]] == ["ours, 0.0001", "theirs, 0.0001"]
+    assert list(chosen.rows) == ["none", "here", "ours, 0.001", "theirs, 0.0001"]
+    assert tried.splitlines()[0] == "| linear probe that chooses | rate 0.0001 | rate 0.001 | rate 0.01 |"
+    assert tried.splitlines()[2:4] == ["| ours | 0.450 | 0.500 | 0.300 |", "| theirs | 0.600 | 0.200 | diverged |"]
+    scores |= {("ours", 1e-3): 0.2, ("ours", 1e-2): 0.3, ("ours", 1e-1): None}
+    assert "| ours |  | 0.200 | 0.300 | diverged |" in study.at_best_rates(
+        dataclasses.replace(cfg, edge_rates=(1e-4, 1e-1)))[1]
+    scores |= dict.fromkeys([("ours", rate) for rate in (1e-3, 1e-2, 1e-1)], None)
+    with pytest.raises(SystemExit, match="ours: diverged at every rate"):
+        study.at_best_rates(cfg)
+
+
+class Commands:
+    """Stands for the programs: each writes what it was asked for, or diverges."""
+
+    def __init__(self, monkeypatch):
+        self.ran, self.diverges = [], ()
+        monkeypatch.setattr(study.subprocess, "run", self)
+        monkeypatch.setattr(study, "number", lambda folder, part, cfg: None if part == "pretrain" else len(self.ran))
+        monkeypatch.setattr(study.run, "versions", lambda: {"commit": f"c{len(self.ran)}"})
+
+    def __call__(self, line, env, stdout, stderr):
+        self.ran.append(line[2])
+        lost = any(flag in line for flag in self.diverges)
+        print("step 3: not finite (loss nan)" if lost else "fine", file=stdout, flush=True)
+        return type("Ended", (), dict(returncode=int(lost)))
+
+
+def test_no_row_reports_what_other_keys_made(monkeypatch, tmp_path):
+    cfg = study.Config(rows={"one": {"method": "swinmm", "lr": 1e-2}}, seeds=(0,), shots={"one": (2,)},
+                       pretrain_config="p.py", finetune_config="f.py", runs=str(tmp_path))
+    programs = Commands(monkeypatch)
+    first = study.run_row(0, "one", 0, cfg, None)
+    assert programs.ran == ["lab.rivals", "lab.probe", "finetune", "evaluate"]
+    assert {part: found["commit"] for part, found in first.items()} == {"pretrain": "c0", "probe": "c0", "2": "c0"}
+    assert study.run_row(0, "one", 0, dataclasses.replace(cfg, workers=3, cache="elsewhere"), None) == first
+    for rows in ({"method": "swinmm", "lr": 3e-3}, {"method": "swinmm", "lr": 1e-2, "steps": 5}, {"lr": 1e-2}):
+        with pytest.raises(SystemExit, match="one-0, pretrain: was made by `lab.rivals p.py .*; remove it") as caught:
+            study.run_row(0, "one", 0, dataclasses.replace(cfg, rows={"one": rows}), None)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(SystemExit, match="one-0, 2: was made by `finetune f.py"):
+        study.run_row(0, "one", 0, dataclasses.replace(cfg, finetune_keys={"lr": 1e-4}), None)
+    assert len(programs.ran) == 4
+    study.run_row(0, "one", 0, dataclasses.replace(cfg, probe_keys={"probe_train": 0.3}), None)    # holds no state
+    assert programs.ran[4:] == ["lab.probe"]
+
+
+def test_a_row_that_was_stopped_goes_on_under_its_own_keys_alone(monkeypatch, tmp_path):
+    cfg = study.Config(rows={"one": {"lr": 1e-2}}, seeds=(0,), pretrain_config="p.py", runs=str(tmp_path))
+    programs = Commands(monkeypatch)
+    programs.diverges = ["--lr=0.01"]
+    with pytest.raises(SystemExit, match="failed, see"):            # outside a search of rates
+        study.run_row(0, "one", 0, cfg, None)
+    with pytest.raises(SystemExit, match="pretrain: was made by"):
+        study.run_row(0, "one", 0, dataclasses.replace(cfg, rows={"one": {"lr": 1e-3}}), None)
+    programs.diverges = []
+    assert study.run_row(0, "one", 0, cfg, None).keys() == {"pretrain", "probe"}
+
+
+def test_a_trial_that_diverges_is_lost_and_not_repeated(monkeypatch, tmp_path):
+    cfg = study.Config(rows={"one, 0.01": {"lr": 1e-2}}, seeds=(0,), pretrain_config="p.py", runs=str(tmp_path),
+                       rates=(1e-2,), rate_keys={"exclude": ("a",)})
+    programs = Commands(monkeypatch)
+    programs.diverges = ["--lr=0.01"]
+    for _ in range(2):
+        found = study.run_row(0, "one, 0.01", 0, cfg, ("pretrain", "rate"))
+        assert found.keys() == {"pretrain"} and found["pretrain"]["value"] == "diverged" and programs.ran == ["pretrain"]
+
+
+def test_the_scans_that_choose_rates_are_in_no_table(tmp_path):
+    write_phantoms(tmp_path / "demo_ct/unseen", range(4), size=16)
+    write_phantoms(tmp_path / "demo_ct/train", range(3), size=16)
+    argv = ["--rows={'a': {}}", "--seeds=(0,)", "--rates=(0.1,)", f"--data={tmp_path}",
+            f"--pretrain_config={HERE / 'configs/demo.py'}", f"--finetune_config={HERE / 'configs/demo_segmentation.py'}"]
+    keys = "--rate_keys={'exclude': ('00[01]',)}", "--probe_keys={'exclude': ('00[23]',)}"
+    study.check(configs.load(study.Config, [*argv, *keys]))
+    with pytest.raises(SystemExit, match="rate_keys: 2 scans that the table reports would choose .*phantom_002.nii.gz"):
+        study.check(configs.load(study.Config, [*argv, keys[0]]))
+    tuned = "--shots={'a': (1,)}", "--labelled=2", "--finetune_keys={'val': 'train_002'}"
+    with pytest.raises(SystemExit, match="rate_keys: 2 scans .*phantom_002.nii.gz"):
+        study.check(configs.load(study.Config, [*argv, *keys, *tuned]))
+    for edges in ((0.2, 0.3), (0.01,)):
+        with pytest.raises(SystemExit, match="one below and one above rates"):
+            study.check(configs.load(study.Config, [*argv, *keys, f"--edge_rates={edges}"]))
