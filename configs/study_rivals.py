@@ -1,5 +1,5 @@
 """The methods of lab/rivals beside S2DC: one encoder, the same scans, crops, seeds and encoder passes, and
-for each the best of three learning rates, or of four where the best is at an end.
+for each the best of three learning rates, or of more while the best is at an end.
 
     python -m lab.phantom --demo
     python -m lab.phantom data/demo_ct/fresh --first=2000 --subjects=16
@@ -35,7 +35,7 @@ rows = {
     "PositionLabel": {"method": "position_label"},
 }
 rates = (1e-3, 3e-3, 1e-2)
-edge_rates = (3e-4, 3e-2)
+widen = 3
 rate_keys = {"image": "demo_ct/unseen/imagesTr/phantom_{id}.nii.gz",
              "label": "demo_ct/unseen/labelsTr/phantom_{id}.nii.gz", "exclude": ("100*", "101[0-5]")}
 shots = dict.fromkeys(rows, (2,))

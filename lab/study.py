@@ -42,7 +42,7 @@ class Config:
     # Learning rates that every row tries with the first seed: it keeps that of the best linear probe of the
     # scans of rate_keys. (): the rate of its keys
     rates: tuple = ()
-    edge_rates: tuple = ()          # (lower, higher): one more where the lowest or highest of them is best
+    widen: int = 0                  # how often a row whose best is the least or largest tries one beyond it
     rate_keys: dict = dataclasses.field(default_factory=dict)       # of lab.probe, over probe_keys
     jobs: int = 1                   # processes at a time
     probes: bool = True             # lab.probe for every row
@@ -66,10 +66,8 @@ def check(cfg):
     if cfg.rates and not cfg.rate_keys:
         raise SystemExit(f"rates = {cfg.rates} are judged on the scans that rate_keys name; it is empty, and "
                          "the scans that the table reports must not choose")
-    if cfg.edge_rates and (len(cfg.edge_rates) != 2 or not cfg.edge_rates[0] < min(cfg.rates, default=0)
-                           or not max(cfg.rates) < cfg.edge_rates[1]):
-        raise SystemExit(f"edge_rates = {cfg.edge_rates}: expected one below and one above rates = "
-                         f"{cfg.rates}")
+    if cfg.widen and len(cfg.rates) < 3:
+        raise SystemExit(f"widen = {cfg.widen}: expected three rates, found rates = {cfg.rates}")
     if not all(0 < n <= cfg.labelled for numbers in cfg.shots.values() for n in numbers):
         raise SystemExit(f"shots = {cfg.shots}: expected 1 to {cfg.labelled} (labelled)")
     if cfg.shots:
@@ -257,14 +255,21 @@ def run_all(cfg, seeds, asked=None):
     return {f"{row}-{seed}": outcome for (row, seed), outcome in zip(jobs, outcomes)}
 
 
+def widened(rates, best):
+    """Sorted rates, three or more, and one more beyond the end that is `best`; steps as those there are, the
+    last but one for 1 3 10."""
+    for side in (rates, rates[::-1]) if len(rates) > 2 else ():
+        if side[-1] == best:
+            rates = sorted([*rates, float(f"{side[-1] * side[-2] / side[-3]:.6g}")])
+    return rates
+
+
 def at_best_rates(cfg):
     """(cfg with "row, rate" in place of every row that learns, a table of what each rate gave)."""
     learn = {row: own for row, own in cfg.rows.items() if own is not None and "init" not in own}
-    edges = dict(zip((min(cfg.rates), max(cfg.rates)), cfg.edge_rates))
-    asked, scores, results = {(row, rate) for row in learn for rate in cfg.rates}, {}, {}
-    for _ in range(2):                          # the rates, then the edges
-        todo = [(row, rate) for row in learn for rate in (*cfg.rates, *cfg.edge_rates)
-                if (row, rate) in asked - set(scores)]
+    asked, scores, results = {row: sorted(cfg.rates) for row in learn}, {}, {}
+    for _ in range(1 + cfg.widen):
+        todo = [(row, rate) for row in learn for rate in asked[row] if (row, rate) not in scores]
         named = {f"{row}, {rate:g}": learn[row] | dict(lr=rate) for row, rate in todo}
         trials = dataclasses.replace(cfg, rows=named, shots={})
         results |= run_all(trials, cfg.seeds[:1], ("pretrain", "rate"))
@@ -272,7 +277,7 @@ def at_best_rates(cfg):
             found = results[f"{row}, {rate:g}-{cfg.seeds[0]}"].get("rate")
             scores[row, rate] = found["value"]["linear"]["balanced_accuracy"] if found else -1
         best = {row: max((scores[r, rate], rate) for r, rate in scores if r == row)[1] for row in learn}
-        asked |= {(row, edges[rate]) for row, rate in best.items() if rate in edges}
+        asked = {row: widened(rates, best[row]) for row, rates in asked.items()}
     if lost := [row for row, rate in best.items() if scores[row, rate] < 0]:
         raise SystemExit(f"{', '.join(lost)}: diverged at every rate, see {Path(cfg.runs) / cfg.name}")
     named = {row: f"{row}, {rate:g}" for row, rate in best.items()}

@@ -176,20 +176,22 @@ def test_every_row_that_learns_keeps_the_rate_of_its_best_probe(monkeypatch, tmp
     assert "--exclude=('a*',)" not in same["probe"][0] and "rate" not in later
     assert plans["ours, 0.01", 4]["pretrain"][0][0] == "pretrain"
 
-    # where the best is at an end one rate more is tried; one that diverges has lost
+    # while the best is at an end one rate more is tried; one that diverges has lost
+    wide = dataclasses.replace(cfg, rates=(1e-3, 3e-3, 1e-2), widen=2)
     ran.clear()
-    scores |= {("ours", 1e-4): 0.45, ("theirs", 1e-2): None, ("theirs", 1e-4): 0.6}
-    chosen, tried = study.at_best_rates(dataclasses.replace(cfg, edge_rates=(1e-4, 1e-1)))
-    assert [row for row, *_ in ran[4:]] == ["ours, 0.0001", "theirs, 0.0001"]
-    assert list(chosen.rows) == ["none", "here", "ours, 0.001", "theirs, 0.0001"]
-    assert tried.splitlines()[0] == "| linear probe that chooses | rate 0.0001 | rate 0.001 | rate 0.01 |"
-    assert tried.splitlines()[2:4] == ["| ours | 0.450 | 0.500 | 0.300 |", "| theirs | 0.600 | 0.200 | diverged |"]
-    scores |= {("ours", 1e-3): 0.2, ("ours", 1e-2): 0.3, ("ours", 1e-1): None}
-    assert "| ours |  | 0.200 | 0.300 | diverged |" in study.at_best_rates(
-        dataclasses.replace(cfg, edge_rates=(1e-4, 1e-1)))[1]
-    scores |= dict.fromkeys([("ours", rate) for rate in (1e-3, 1e-2, 1e-1)], None)
+    scores |= {(row, 3e-3): 0.1 for row in ("ours", "theirs")} | {
+        ("ours", 3e-4): 0.45, ("theirs", 3e-2): 0.5, ("theirs", 1e-1): None}
+    chosen, tried = study.at_best_rates(wide)
+    assert [row for row, *_ in ran[6:]] == ["ours, 0.0003", "theirs, 0.03", "theirs, 0.1"]
+    assert list(chosen.rows) == ["none", "here", "ours, 0.001", "theirs, 0.03"]
+    assert tried.splitlines()[0] == "| linear probe that chooses | " + " | ".join(
+        f"rate {rate}" for rate in ("0.0003", "0.001", "0.003", "0.01", "0.03", "0.1")) + " |"
+    assert tried.splitlines()[2:4] == ["| ours | 0.450 | 0.500 | 0.100 | 0.300 |  |  |",
+                                       "| theirs |  | 0.200 | 0.100 | 0.400 | 0.500 | diverged |"]
+    scores |= dict.fromkeys([("ours", rate) for rate in (3e-4, 1e-3, 3e-3, 1e-2)], None)
     with pytest.raises(SystemExit, match="ours: diverged at every rate"):
-        study.at_best_rates(cfg)
+        study.at_best_rates(dataclasses.replace(wide, widen=0))
+    assert study.widened([1.0, 2.0, 4.0], 4.0) == [1, 2, 4, 8] and study.widened([1.0, 2.0, 4.0], 2.0) == [1, 2, 4]
 
 
 class Commands:
@@ -261,6 +263,5 @@ def test_the_scans_that_choose_rates_are_in_no_table(tmp_path):
     tuned = "--shots={'a': (1,)}", "--labelled=2", "--finetune_keys={'val': 'train_002'}"
     with pytest.raises(SystemExit, match="rate_keys: 2 scans .*phantom_002.nii.gz"):
         study.check(configs.load(study.Config, [*argv, *keys, *tuned]))
-    for edges in ((0.2, 0.3), (0.01,)):
-        with pytest.raises(SystemExit, match="one below and one above rates"):
-            study.check(configs.load(study.Config, [*argv, *keys, f"--edge_rates={edges}"]))
+    with pytest.raises(SystemExit, match="widen = 1: expected three rates, found rates = .0.1,."):
+        study.check(configs.load(study.Config, [*argv, *keys, "--widen=1"]))
