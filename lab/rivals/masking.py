@@ -94,7 +94,7 @@ def upsampled(conv, x, edge):
 class SimMIM(nn.Module):
     """Xie et al., CVPR 2022, arXiv:2111.09886: hidden patches become a token, their voxels are regressed.
 
-    Sec. 3.2-3.5: random masking at ratio 0.6, the token stands for the embedded patch, a one-layer head on
+    Sec. 3.2-3.4: random masking at ratio 0.6, the token stands for the embedded patch, a one-layer head on
     the last map, L1 on hidden voxels alone. Deviations: patches of 16 voxels (paper: 32 pixels of 192, a
     sixth; of a 64^3 crop 32 would leave 8 patches); intensities are regressed as the data are scaled.
     """
