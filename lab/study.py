@@ -136,7 +136,7 @@ def number(folder, part, cfg):
             for metric in ("dice", "hd95")[:1 + cfg.hd95]}
 
 
-def result(command):
+def decisive(command):
     """A command less the keys that change no result."""
     return [arg for arg in command if not arg.startswith(("--workers=", "--cache=", "--log_every="))]
 
@@ -153,13 +153,12 @@ def run_row(n, row, seed, cfg, asked):
         environment |= dict(CUDA_VISIBLE_DEVICES=str(n % cfg.jobs % gpus))
     else:
         environment |= dict(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // cfg.jobs)))
-    parts = plan(row, seed, cfg)
-    for part, commands in parts.items():
+    for part, commands in plan(row, seed, cfg).items():
         before = outcome.get(part, {})
-        same = [*map(result, before.get("commands", []))] == [*map(result, commands)]
+        same = [*map(decisive, before.get("commands", []))] == [*map(decisive, commands)]
         if same and "minutes" in before or asked and part not in asked:
             continue
-        if outcome.get("pretrain", {}).get("value") == "diverged" and "pretrain" in parts:
+        if part != "pretrain" and outcome.get("pretrain", {}).get("value") == "diverged":
             break
         if part not in ("rate", "probe"):       # which train: theirs must be no other run under this name
             if before and not same:
@@ -181,7 +180,7 @@ def run_row(n, row, seed, cfg, asked):
         outcome[part] = dict(value=value or number(folder, part, cfg), minutes=minutes, commands=commands,
                              commit=commit)
         run.write_json(done, outcome)
-        print(f"{folder.name}, {part}: {minutes:.1f} min{value and ', ' + value or ''}", flush=True)
+        print(f"{folder.name}, {part}: {minutes:.1f} min{', ' + value if value else ''}", flush=True)
     return outcome
 
 
@@ -256,8 +255,8 @@ def run_all(cfg, seeds, asked=None):
 
 
 def widened(rates, best):
-    """Sorted rates, three or more, and one more beyond the end that is `best`; steps as those there are, the
-    last but one for 1 3 10."""
+    """Sorted rates and, from three on, one more beyond the end that is `best`: after 1 3 10 comes 30, then
+    100, as far from the last as the last but one from the one before."""
     for side in (rates, rates[::-1]) if len(rates) > 2 else ():
         if side[-1] == best:
             rates = sorted([*rates, float(f"{side[-1] * side[-2] / side[-3]:.6g}")])

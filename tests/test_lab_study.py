@@ -249,6 +249,8 @@ def test_a_trial_that_diverges_is_lost_and_not_repeated(monkeypatch, tmp_path):
     for _ in range(2):
         found = study.run_row(0, "one, 0.01", 0, cfg, ("pretrain", "rate"))
         assert found.keys() == {"pretrain"} and found["pretrain"]["value"] == "diverged" and programs.ran == ["pretrain"]
+    with pytest.raises(SystemExit, match="pretrain: was made by"):  # nor is it the loss of other keys
+        study.run_row(0, "one, 0.01", 0, dataclasses.replace(cfg, pretrain_keys={"steps": 5}), ("pretrain", "rate"))
 
 
 def test_the_scans_that_choose_rates_are_in_no_table(tmp_path):

@@ -4,8 +4,9 @@
 
 A method is a small nn.Module: `encoder`, `passes` (encoder passes of a crop per sample and step: with and
 without gradient; a function of the crop where inputs have another size) and forward(batch, generator) ->
-(loss (), {name: () to log}); after_step(step, steps) and `swin_unetr`, whose decoder learns as well, if it
-has them. All its draws come from the generator, which is seeded by the run's seed and the step. batch:
+(loss (), {name: () to log}); after_step(step, steps), `swin_unetr`, whose decoder learns as well, and
+`alike`, how many first edges of a crop must be equal, if it has them. All its draws come from the generator,
+which is seeded by the run's seed and the step. batch:
 
     V, V_, twin             (b, c, x, y, z) a crop; its moved copy, intensities changed; a second one of those
     H, H_twin               (b, 4, 4) float64, V -> V_ and V -> twin in voxels
@@ -109,6 +110,7 @@ def check(cfg, ranks):
 
 
 def passes(cfg, method):
+    """(with, without gradient): encoder passes of one crop that a step of the method costs a sample."""
     return method.passes(cfg.crop) if callable(method.passes) else method.passes
 
 

@@ -138,10 +138,10 @@ class VICRegL(nn.Module):
     Eq. 3-5: 0.75 x global + 0.25 x local, weights 25 25 1 (code). Local: of location matches, Eq. 1, and of
     feature matches, Eq. 2, the 20 nearest pairs of a sample both ways (the code's number for location; by
     feature its default takes all). Ours: views are V and V_; location matches, all of them, tokens and the
-    projector before them are S2DC's, so that the two differ by the
-    local loss alone (paper: the last map, three layers with batch norm); local statistics over all matches of
-    the step and not place by place over the batch, which has two samples; global ones over the step and the
-    32 crops before it; `Head` for the expander.
+    projector before them are S2DC's, so that the two differ by the local loss alone (paper: the last map,
+    three layers with batch norm); local statistics over all matches of the step and not place by place over
+    the batch, which has two samples; global ones over the step and the 32 crops before it; `Head` for the
+    expander.
     """
     passes = 2, 0
     share, weights, nearest, earlier = 0.75, dict(invariance=25.0, variance=25.0, covariance=1.0), 20, 32

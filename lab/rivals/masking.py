@@ -61,8 +61,8 @@ def masked_mean(x, hidden):
 
 
 def near(V, hidden, cell=4, sweeps=40):
-    """V continued smoothly into the hidden voxels: cells of cell^3 voxels, none of them seen, become the mean
-    of the 3^3 cells around them, again and again, which are then interpolated."""
+    """V (b, c, x, y, z) continued smoothly into the hidden voxels (b, 1, x, y, z): cells of cell^3 voxels,
+    none of them seen, become the mean of the 3^3 cells around, again and again, and are interpolated."""
     seen = (~hidden).to(V)
     share = F.avg_pool3d(seen, cell)
     known, x = share > 0, F.avg_pool3d(V * seen, cell) / share.clamp(min=1e-6)
