@@ -7,6 +7,7 @@ import gzip
 import math
 import re
 import zlib
+from itertools import product
 from pathlib import Path
 
 import nibabel as nib
@@ -110,26 +111,29 @@ def _open_nifti(path):
         image = nib.load(path)
     except Exception as error:
         raise VolumeError(f"{path}: not a readable NIfTI file ({one_line(error)})") from None
+    if not isinstance(image, nib.spatialimages.SpatialImage):       # CIFTI: surfaces, in a .nii of its own
+        raise VolumeError(f"{path}: holds a {type(image).__name__}, expected a volume of voxels")
     kind = image.get_data_dtype()
     if kind.names or kind.kind == "c":
         raise VolumeError(f"{path}: voxels are {'RGB' if kind.names else 'complex'} ({kind}), "
                           "expected one real number per voxel")
     affine = image.affine.copy()
     affine[:3] *= {1: 1000.0, 3: 0.001}.get(int(image.header["xyzt_units"]) & 7, 1.0)    # m, microns to mm
-    return image, affine, _check_header(path, image.shape, affine)
+    shape = _check_header(path, image.shape, affine)
+    count, start = math.prod(shape), int(image.dataobj.offset)
+    if start < 0:
+        raise VolumeError(f"{path}: the voxels begin at byte {start} by the header, expected 0 or more")
+    claimed, packed, size = start + count * kind.itemsize, path.name.endswith(".gz"), path.stat().st_size
+    if claimed > size * (1032 if packed else 1):                    # deflate cannot pack more than 1032 to 1
+        raise VolumeError(f"{path}: the header claims {count} voxels ({claimed:.3g} bytes), "
+                          f"the file holds {size} bytes{' packed' if packed else ''}")
+    return image, affine, shape
 
 
 def _read_nifti(path):
     image, affine, shape = _open_nifti(path)
-    kind, count = image.get_data_dtype(), math.prod(shape)
-    start = int(image.dataobj.offset)
-    if start < 0:
-        raise VolumeError(f"{path}: the voxels begin at byte {start} by the header, expected 0 or more")
-    claimed = start + count * kind.itemsize
-    packed, size = path.name.endswith(".gz"), path.stat().st_size
-    if claimed > size * (1032 if packed else 1):                    # deflate cannot pack more than 1032 to 1
-        raise VolumeError(f"{path}: the header claims {count} voxels ({claimed:.3g} bytes), "
-                          f"the file holds {size} bytes{' packed' if packed else ''}")
+    kind, count, start = image.get_data_dtype(), math.prod(shape), int(image.dataobj.offset)
+    claimed, packed = start + count * kind.itemsize, path.name.endswith(".gz")
     # nibabel stops at the last voxel, before the gzip checksum: read the stream to its end ourselves
     try:
         with (gzip.open if packed else open)(path, "rb") as stream:
@@ -163,6 +167,14 @@ def _sitk(path):
     return SimpleITK
 
 
+def files_of(path):
+    """The files that a volume is read from: itself, those of a folder, of .mhd the voxels beside it, too."""
+    path = Path(path)
+    if path.is_dir():
+        return sorted(path.iterdir())
+    return [path, *(sorted(path.parent.glob(f"{path.stem}.*raw")) if path.suffix == ".mhd" else ())]
+
+
 def _check_room(reader, files):
     """RuntimeError where an image cannot lie in its files (.mhd: one beside), before room is made for it."""
     voxels, there = math.prod(reader.GetSize()), sum(Path(file).stat().st_size for file in files)
@@ -182,8 +194,9 @@ def _read_itk(path, files=None):
             reader = sitk.ImageFileReader()
             reader.SetFileName(str(path))
             reader.ReadImageInformation()
-            _check_room(reader, [path, *(p for p in path.parent.glob(f"{path.stem}.*raw") if p != path)])
-        image = sitk.ReadImage(files or str(path))
+            _check_room(reader, files_of(path))
+        # a PET series has a slope for each slice: the first one's type would cut the fractions of the others
+        image = sitk.ReadImage(files, sitk.sitkFloat32) if files else sitk.ReadImage(str(path))
     except Exception as error:
         raise VolumeError(f"{path}: not readable by SimpleITK ({_itk_reason(error)})") from None
     if image.GetNumberOfComponentsPerPixel() != 1:
@@ -215,6 +228,8 @@ def _read_folder(path):
             reader.ReadImageInformation()
             _check_room(reader, [file])
             places.append(reader.GetOrigin())
+            if reader.GetNumberOfComponents() != 1:
+                raise VolumeError(f"{file}: {reader.GetNumberOfComponents()} values per voxel, expected one")
     except RuntimeError as error:
         raise VolumeError(f"{path}: not readable by SimpleITK ({_itk_reason(error)})") from None
     if len(series) != 1:
@@ -224,7 +239,20 @@ def _read_folder(path):
     if len(gaps) and (gaps.min() <= 0 or np.abs(gaps - np.median(gaps)).max() > 0.25 * np.median(gaps)):
         raise VolumeError(f"{path}: its {len(files)} slices lie {gaps.min():.4g} to {gaps.max():.4g} mm "
                           "apart, expected one distance (is a slice missing, or there twice?)")
+    _check_stack(path, places, reader)
     return _read_itk(path, list(files))
+
+
+def _check_stack(path, places, reader):
+    """VolumeError where slices at `places` (n, 3) mm are shifted against each other, say by a tilted gantry:
+    an affine that SimpleITK makes of them has no shear, so the last would lie elsewhere."""
+    if len(places) > 1:
+        along, normal = np.subtract(places[-1], places[0]), np.reshape(reader.GetDirection(), (3, 3))[:, 2]
+        drift = np.linalg.norm(along - normal * (along @ normal))
+        if drift > max(reader.GetSpacing()[:2]):                    # a pixel
+            raise VolumeError(f"{path}: the last slice is shifted by {drift:.3g} mm against the first within "
+                              "its plane (was the gantry tilted?), expected slices straight above each "
+                              "other; resample the series")
 
 
 def _read_slices(path, files):
@@ -262,17 +290,33 @@ def one_line(error):
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
+def on_grid_of(first, shape, first_affine, path, voxels, affine):
+    """The voxels as RAS+; VolumeError where they do not lie on the grid of the case's first file."""
+    voxels, affine = to_ras(voxels, affine)
+    if voxels.shape != shape:
+        raise VolumeError(f"{path}: shape {voxels.shape} (RAS), but {Path(first).name} has {shape}")
+    corners = np.array([[*corner, 1] for corner in product(*[(0, n - 1) for n in shape])])
+    off = np.linalg.norm(corners @ (affine - first_affine).T, axis=1).max()
+    if off > 0.2 * spacing_of(affine).min():                        # rounded headers: far below it
+        raise VolumeError(f"{path}: lies up to {off:.3g} mm away from {Path(first).name} (different affines)")
+    return voxels
+
+
 def label_ids(path, label, cfg):
-    """A class map as uint8 or int16 with the ids of cfg.labels; VolumeError where it holds others."""
-    ids = np.unique(label)
-    broken = [f"{v:g}" for v in ids if v != np.round(v)]
+    """A class map as uint8 or int16 with the ids of cfg.labels, those of the file renamed by cfg.remap;
+    VolumeError where it holds others. What a slope in the header adds to whole numbers is rounded away."""
+    if not all(type(v) is int for v in [*cfg.remap, *cfg.remap.values(), *cfg.labels]):
+        raise SystemExit(f"labels = {cfg.labels}, remap = {cfg.remap}: expected whole numbers as in "
+                         "labels = {1: 'liver'}, remap = {255: 1}")
+    broken = [f"{v:.6g}" for v in np.unique(label) if abs(v - np.round(v)) > 1e-3]
     if broken:
         raise VolumeError(f"{path}: label ids must be whole numbers, found {', '.join(broken[:4])}")
-    ids, known, said = ids.astype(np.int64).tolist(), range(32768), "expected 0 to 32767"
+    label = np.round(label)
+    ids, known, said = np.unique(label).astype(np.int64).tolist(), range(32768), "expected 0 to 32767"
     if cfg.labels:
         known = sorted({0, *cfg.labels, *cfg.remap})
         said = f"declared are 0 and {', '.join(str(v) for v in known if v)}"
-    unknown = [str(v) for v in ids if v not in known]
+    unknown = [str(v) for v in ids if v not in known and v not in cfg.remap]
     if unknown:
         hint = f" (or remap = {{{unknown[0]}: {known[1]}}})" if len(unknown) == 1 and len(known) == 2 else ""
         raise VolumeError(f"{path}: holds label ids {', '.join(unknown[:8])}; {said}{hint}")
@@ -280,14 +324,14 @@ def label_ids(path, label, cfg):
         if old in ids and new in ids and new not in cfg.remap:
             raise VolumeError(f"{path}: holds both id {old} and the id {new} that it would be renamed to; "
                               f"if they are to be one, remap needs {new}: {new} too")
-    strange = sorted(set(cfg.remap.values()) - {*cfg.labels, 0})
-    if cfg.labels and strange:
-        raise SystemExit(f"remap = {cfg.remap}: {strange[0]} is no id of labels = {cfg.labels}")
-    label = label.astype(np.uint8 if max([*ids, *cfg.remap.values()]) < 256 else np.int16)
-    renamed = label.copy()
+    strange = sorted(v for v in cfg.remap.values() if v not in ({*cfg.labels, 0} if cfg.labels else known))
+    if strange:
+        why = f" is no id of labels = {cfg.labels}" if cfg.labels else f", {said}"
+        raise SystemExit(f"remap = {cfg.remap}: {strange[0]}{why}")
+    renamed = label.copy()              # in the file's range: 65535 is no int16
     for old, new in cfg.remap.items():
         renamed[label == old] = new
-    return renamed
+    return renamed.astype(np.uint8 if max(cfg.remap.get(v, v) for v in ids) < 256 else np.int16)
 
 
 def resample(volume, affine, spacing, order):
