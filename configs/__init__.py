@@ -131,6 +131,10 @@ def checked(fields, key, value, where):
         kind, names = type(value).__name__, " or ".join(k.__name__ for k in kinds)
         like = default or {tuple: (1, 1, 1), dict: {1: "name"}}.get(kinds[-1], default)
         raise SystemExit(f"{where}: {key} = {value!r} is {kind}, expected {names} like {like!r}")
+    if type(value) is tuple and str in kinds and not all(type(v) is str for v in value):
+        raise SystemExit(f"{where}: {key} = {value!r}, expected texts like {tuple(map(str, value))}")
+    if type(value) is tuple and default == () and str not in kinds and not numbers(value):
+        raise SystemExit(f"{where}: {key} = {value!r}, expected numbers")
     if type(value) is tuple and type(default) is tuple and default and numbers(default):
         if len(value) != len(default) or not numbers(value):
             raise SystemExit(f"{where}: {key} = {value!r}, expected {len(default)} numbers like {default!r}")
@@ -158,7 +162,7 @@ def sweep(folder):
     for left in pathlib.Path(folder).glob(".*.tmp"):
         name, _, pid = left.name.removesuffix(".tmp").rpartition("-")
         gone = name.endswith(here()) and not os.path.exists(f"/proc/{pid}") and os.path.exists("/proc")
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):      # gone meanwhile, or somebody else's
             if gone or time.time() - left.stat().st_mtime > 3600:
                 left.unlink()
 

@@ -10,9 +10,9 @@ Which sequences make 6605 scans is not published; T1w, T2w and FLAIR are taken h
 name = "mri"
 dataset = "oasis3"
 scans = (
-    "OASIS3/OAS3*_MR_d*/anat*/*_T1w.nii.gz",
-    "OASIS3/OAS3*_MR_d*/anat*/*_T2w.nii.gz",
-    "OASIS3/OAS3*_MR_d*/anat*/*_FLAIR.nii.gz",
+    "OASIS3/{subject}_MR_d*/anat*/*_T1w.nii.gz",    # {subject}: L_g tells nobody from himself
+    "OASIS3/{subject}_MR_d*/anat*/*_T2w.nii.gz",
+    "OASIS3/{subject}_MR_d*/anat*/*_FLAIR.nii.gz",
 )
 intensity = "zscore"
 zscore_over = "volume"          # zeros included; released code

@@ -10,14 +10,14 @@ Download, each under its own agreement:
 How many scans of each, which tracers and which doses make 3519 is not published; the full dose alone is taken
 here (ours). Patients whom udpet.py and adni.py test are among them, as presumably in the paper; finetune.py
 counts them, and --exclude=.. leaves them out. DICOM needs SimpleITK. A pattern of a set you do not have is an
-error: give --scans="('ADNI/*/*/*/I*/*.nii',)".
+error: give --scans="('ADNI/{subject}/*/*/I*/*.nii',)".
 """
 name = "pet"
 dataset = "pet"
 scans = (
-    "UDPET/*/*/Full_dose/",         # Biograph Vision Quadra
-    "UDPET/*/*/*[nN][oO][rR][mM][aA][lL]/",     # uEXPLORER
-    "ADNI/*/*/*/I*/*.nii",
+    "UDPET/*/{subject}/Full_dose/",     # Biograph Vision Quadra
+    "UDPET/*/{subject}/*[nN][oO][rR][mM][aA][lL]/",     # uEXPLORER
+    "ADNI/{subject}/*/*/I*/*.nii",      # visits of one person: L_g does not tell them apart
 )
 intensity = "zscore"
 zscore_over = "volume"          # released code

@@ -13,7 +13,8 @@ from configs.sarcoma_pretrain_ct import *
 
 name = dataset = "sarcoma_pretrain_all"
 image = ""
-scans = tuple(f"sarcoma/{_m}/imagesTr/*.nii.gz" for _m in ("ct", "t1", "pet"))
+# {subject}: the three of a patient are no negatives of each other
+scans = tuple(f"sarcoma/{_m}/imagesTr/{{subject}}.nii.gz" for _m in ("ct", "t1", "pet"))
 exclude = tuple(f"*{_id}" for _id in (*_ct.test, *_ct.val))
 rules = {
     "sarcoma__ct__*": {"window": _ct.window, "spacing": _ct.spacing},

@@ -93,6 +93,8 @@ WRONG = [
     ("slab", "96", "slab = 96 is int, expected tuple"),
     ("slab", "(96, 96, 9.5)", "expected whole numbers like (96, 96, 96)"),
     ("scans", "7", "scans = 7 is int, expected str or tuple"),
+    ("scans", "('a', 7)", "scans = ('a', 7), expected texts like ('a', '7')"),
+    ("spacing", "('1', '1', '1')", "spacing = ('1', '1', '1'), expected numbers"),
     ("labels", "[1]", "labels = (1,) is tuple, expected dict like {1: 'name'}"),
     ("stepz", "3", "unknown config key 'stepz'; did you mean 'steps'?"),
     ("zzz", "3", "unknown config key 'zzz'; known: name, steps,")]
@@ -193,3 +195,55 @@ def test_sweep_takes_what_the_dead_and_the_long_gone_left(tmp_path):
     os.utime(tmp_path / ".b.npy.elsewhere-0000-1.tmp", (0, 0))
     configs.sweep(tmp_path)
     assert {name: (tmp_path / name).exists() for name in names} == names
+
+
+FACTS = {   # of the public lists and recipes, written out once more
+    "btcv": dict(val=tuple(f"{n:04d}" for n in range(35, 41)), window=(-175.0, 250.0), spacing=(1.5, 1.5, 1.5), overlap=0.75),
+    "msd_liver": dict(val=tuple("126 100 49 57 92 85 123 74 2 99 103 81 48 65 116 67 16 14 51 17 70 101 3".split()),
+                      window=(-175.0, 250.0), foreground=-175.0, spacing=(1.5, 1.5, 1.5)),
+    "msd_lung": dict(val=tuple("006 010 033 034 041 042 046 048 059 065 066 070 079".split()), window=(-1000.0, 500.0),
+                     spacing=(1.25, 1.25, 5.0)),
+    "msd_spleen": dict(val=tuple("10 13 14 17 31 33 44 47 56".split()), window=(-175.0, 250.0), foreground=-175.0,
+                       spacing=(1.5, 1.5, 1.5)),
+    "brats21": dict(labels={1: "NCR", 2: "ED", 3: "ET"}, remap={4: 3}, foreground=0.0,
+                    regions={"TC": (1, 3), "WT": (1, 2, 3), "ET": (3,)}),
+}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_splits_and_recipes_are_the_public_ones(name):
+    found = configs.read(str(HERE / f"{name}.py"))
+    for key, value in FACTS[name].items():
+        if key == "labels":
+            assert set(found[key]) == set(value)
+        elif key == "val":
+            assert sorted(found[key]) == sorted(value)
+        else:
+            assert found[key] == value, key
+
+
+def test_the_1k_encoder_never_saw_whom_btcv_scores(tmp_path):
+    for k in range(30, 41):
+        path = tmp_path / f"BTCV/Abdomen/RawData/Training/img/img{k:04d}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    cfg = configs.load(data.Config, [str(HERE / "ct_1k.py")])
+    cfg = dataclasses.replace(cfg, data=str(tmp_path), scans=cfg.scans[0])
+    assert [case["id"][-4:] for case in data.find_cases(cfg)] == [f"{k:04d}" for k in range(30, 35)]
+
+
+@pytest.mark.parametrize("name, file, subject", [
+    ("mri", "OASIS3/OAS30001_MR_d0129/anat2/sub-OAS30001_ses-d0129_run-01_T1w.nii.gz", "OAS30001"),
+    ("pet", "UDPET/Subject_1-6/0123/Full_dose/1.dcm", "0123"), ("pet", "UDPET/u/0124/2.886 x 600 WB normal/1.dcm", "0124"),
+    ("pet", "ADNI/002_S_0295/Av/2006-11/I123/ADNI_002.nii", "002_S_0295"),
+    ("sarcoma_pretrain_all", "sarcoma/t1/imagesTr/002.nii.gz", "002")])
+def test_scans_of_one_person_are_of_one_subject(tmp_path, name, file, subject):
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).touch()
+    cfg, found = configs.load(data.Config, [str(HERE / f"{name}.py")]), []
+    for pattern in cfg.scans:
+        try:
+            found += data.find_cases(dataclasses.replace(cfg, data=str(tmp_path), scans=pattern, exclude=()))
+        except SystemExit:
+            pass
+    assert [case["subject"] for case in found] == [subject]
