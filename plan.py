@@ -113,9 +113,14 @@ def modality_of(samples):
     values = f"values from {least:.4g} to {largest:.4g}"
     if least <= -500:
         return "CT", f"{values}: Hounsfield units", ""
-    if least < 0:
+    if least < -20 and least < -0.02 * largest and largest > 100:
         return "CT", values, "CT cut off below? Of MRI or PET, intensity and foreground would be wrong"
-    unsure = "" if not 1.7 < tail < 2.8 else f"PET or MRI: the tail of {tail:.1f} is near the border of 2.2"
+    unsure = [f"PET or MRI: the tail of {tail:.1f} is near the border of 2.2"] if 1.7 < tail < 2.8 else []
+    if least < 0:
+        unsure.append("values below 0 that are no CT's; scaled already? Then `foreground` cuts tissue away")
+    if least >= 0 and 2000 <= largest <= 4096:
+        unsure.append("CT that is stored without its offset has such values, too")
+    unsure = "; ".join(unsure)
     said = f"{values}, the 99.9th percentile of tissue {tail:.1f} times its 90th"
     if tail > 2.2:
         return "PET", f"{said}: hot spots", unsure

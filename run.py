@@ -67,7 +67,8 @@ def foreseen(error):
     if isinstance(error, OSError) and error.errno in FULL:
         return f"{error.filename or 'a file'}: cannot be written, the disk is full"
     if isinstance(error, OSError) and error.errno in SHUT:
-        return f"{error.filename}: {error.strerror.lower()}; give --runs, --cache or --out elsewhere"
+        return (f"{error.filename}: {error.strerror.lower()}; if it was to be written, give --runs, --cache "
+                "or --out elsewhere")
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in text:
         return f"out of memory ({text[:120]}); try a smaller crop or batch, or --checkpointing=True"
     if "DataLoader worker" in text and "killed by signal" in text:

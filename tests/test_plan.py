@@ -104,3 +104,12 @@ def test_real_scans(tmp_path, folder, sign):
 def test_real_sarcomas(tmp_path, kind, sign):
     _, text = planned(tmp_path, f"{REAL}/ibsi_validation/nifti/*/{kind}_image.nii.gz")
     assert sign in text and "UNSURE: PET or MRI" not in text
+
+
+@pytest.mark.parametrize("least, largest, tail, modality, words", [
+    (-1024, 3071, 1.5, "CT", ""), (-200, 300, 1.5, "CT", "CT cut off below"), (0, 900, 1.4, "MRI", ""),
+    (-3, 1200, 1.4, "MRI", "values below 0"), (-0.02, 8, 4.0, "PET", "values below 0"), (-2.5, 8, 1.5, "MRI", "values below 0"),
+    (0, 4095, 1.4, "MRI", "without its offset"), (0, 20, 2.4, "PET", "near the border")])
+def test_guesses_and_their_doubts(least, largest, tail, modality, words):
+    found, said, unsure = plan.modality_of([dict(least=least, largest=largest, tail=tail)])
+    assert found == modality and words in unsure and bool(words) == bool(unsure)

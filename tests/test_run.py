@@ -87,8 +87,8 @@ def test_log_forgets_what_the_checkpoint_does_not_know(tmp_path):
 FORESEEN = [
     (SystemExit("one line"), "one line"), (SystemExit(3), None), (KeyboardInterrupt(), "stopped; the same command goes on"),
     (OSError(errno.ENOSPC, "No space left on device", "runs/last.pt"), "runs/last.pt: cannot be written, the disk is full"),
-    (OSError(errno.ENOTDIR, "Not a directory", "runs/a"), "runs/a: not a directory; give --runs, --cache or --out"),
-    (OSError(errno.EROFS, "Read-only file system", "runs/a"), "runs/a: read-only file system; give --runs, --cache or --out"),
+    (OSError(errno.ENOTDIR, "Not a directory", "runs/a"), "runs/a: not a directory; if it was to be written, give --runs"),
+    (OSError(errno.EROFS, "Read-only file system", "runs/a"), "runs/a: read-only file system; if it was to be written, give"),
     (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"), "out of memory (Default"),
     (MemoryError(), "out of memory"), (torch.OutOfMemoryError("CUDA out of memory"), "out of memory (CUDA"),
     (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), "a process that loads batches was killed"),
