@@ -44,7 +44,7 @@ class Config:
     """Keys of files and preprocessing; each script adds its own. Sources: paper, released code, ours."""
     # where the files are
     data: str = "data"              # root of all patterns, or S2DC_DATA; --data goes before that
-    scans: str | tuple = ()         # pre-training: glob patterns, one or several data sets, a scan a file
+    scans: str | tuple = ()         # pre-training: patterns, "set/{subject}/*.nii.gz", a scan a file
     image: str | tuple = ()         # or with fields, "imagesTr/img{id}.nii.gz"; several: a case's channels
     label: str = ""                 # pattern with the same fields, an integer class map
     target: str | tuple = ()        # the same, the image(s) to be predicted (translation, reconstruction)
@@ -78,8 +78,10 @@ def root(cfg):
 
 
 def known_as(path, cfg):
-    """A file's place below the data root as 12 digits: enough to tell later whether it was seen."""
-    return hashlib.sha256(os.path.relpath(path, root(cfg)).encode()).hexdigest()[:12]
+    """{12 digits} of a file's place below the data root and of that on this machine: enough to tell later
+    whether it was seen, on another machine or below another root."""
+    places = os.path.relpath(path, root(cfg)), os.path.realpath(path)
+    return {hashlib.sha256(place.encode()).hexdigest()[:12] for place in places}
 
 
 def find_cases(cfg, section=None, base=None):
@@ -88,7 +90,7 @@ def find_cases(cfg, section=None, base=None):
     Ids are unique; "fields" are there too where patterns have them. `section` of a datalist, default
     cfg.section; `base` folder, default the data root. Raises SystemExit with one line when a pattern finds
     nothing, a channel is missing or an id comes twice. `{field}` in a pattern stands for a part of one file
-    or folder name; {subject} names the person, otherwise the id does.
+    or folder name, from the left as little as fits; {subject} names the person, otherwise the id does.
     """
     ways = [key for key in ("scans", "image", "datalist") if getattr(cfg, key)]
     if len(ways) != 1:
@@ -98,8 +100,9 @@ def find_cases(cfg, section=None, base=None):
     if ways == ["datalist"]:
         cases = _from_datalist(base / cfg.datalist, section or cfg.section, cfg)
     elif ways == ["scans"]:
-        cases = [dict(id=plain_id(path.relative_to(base)), images=[str(path)], label=None, targets=[])
-                 for pattern in several(cfg.scans) for path, _ in _found(base, pattern)]
+        cases = [dict(id=plain_id(path.relative_to(base)), images=[str(path)], label=None, targets=[],
+                      fields=fields)
+                 for pattern in several(cfg.scans) for path, fields in _found(base, pattern)]
     else:
         cases = _from_patterns(base, cfg)
     seen = {}
@@ -137,17 +140,19 @@ def plain_id(path):
 
 def _found(base, pattern):
     """(path, {field: text}) of every file, or folder when the pattern ends in '/', that fits; never empty."""
-    expression, wild = "", {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
-    for part in re.split(r"(\{\w+\}|\*\*/|\*|\?|\[[^\]]+\])", pattern.rstrip("/")):
+    if pattern.startswith("/"):
+        raise SystemExit(f"pattern {pattern!r}: expected one below data = {str(base)!r}; or set data = '/'")
+    expression, field, wild = "", r"\{[^\W\d]\w*\}", {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
+    for part in re.split(rf"({field}|\*\*/|\*|\?|\[[^\]]+\])", pattern.rstrip("/")):
         name = part[1:-1]
-        if part.startswith("{"):
+        if re.fullmatch(field, part):
             expression += f"(?P={name})" if f"(?P<{name}>" in expression else f"(?P<{name}>[^/]+?)"
         elif part.startswith("["):
             expression += part.replace("[!", "[^")
         else:
             expression += wild.get(part, re.escape(part))
     hits = []
-    for path in sorted(base.glob(re.sub(r"\{\w+\}", "*", pattern.rstrip("/")))):
+    for path in sorted(base.glob(re.sub(field, "*", pattern.rstrip("/")))):
         fits = re.fullmatch(expression, path.relative_to(base).as_posix())
         image = not path.name.startswith("._")                      # ._x: what macOS leaves beside an image
         if fits and path.is_dir() == pattern.endswith("/") and image:
@@ -170,9 +175,9 @@ def _from_patterns(base, cfg):
         for pattern in (*others, *([cfg.label] if cfg.label else []), *several(cfg.target)):
             try:
                 file = base / pattern.format(**fields)
-            except KeyError as error:
-                raise SystemExit(f"pattern {pattern!r} has the field {error}, "
-                                 f"the first image pattern {first!r} has not") from None
+            except (KeyError, IndexError, ValueError) as error:
+                raise SystemExit(f"pattern {pattern!r}: {{field}} must be one of the first image pattern "
+                                 f"{first!r} ({volumes.one_line(error)})") from None
             files.append(str(file))
         n = 1 + len(others)
         label = files.pop(n) if cfg.label else None
@@ -248,6 +253,8 @@ def ruled(case, cfg):
         return cfg
     own = [keys for pattern, keys in cfg.rules.items() if fnmatch.fnmatch(case["id"], pattern)]
     known = ("intensity", "window", "zscore_over", "foreground", "crop_foreground", "spacing")
+    if not all(isinstance(keys, dict) for keys in cfg.rules.values()):
+        raise SystemExit(f"rules = {cfg.rules}: expected {{pattern of ids: {{key: value}}}}")
     strange = [key for keys in cfg.rules.values() for key in keys if key not in known]
     if len(own) != 1 or strange:
         found = f"{len(own)} patterns that fit the id {case['id']!r}"
@@ -279,6 +286,8 @@ def preprocess(case, cfg):
         raise VolumeError(f"{paths[0]}: no voxel is above the foreground threshold {cfg.foreground:g}, "
                           f"the largest is {max(v.max() for v in parts[:len(paths)]):g}")
     box = ndimage.find_objects(inside.astype(np.uint8))[0] if cfg.crop_foreground else (slice(0, None),) * 3
+    if case["label"]:
+        record["label_cut"] = int(np.count_nonzero(parts[-1]) - np.count_nonzero(parts[-1][box]))
     parts = [v[box] for v in parts]
     affine = affine.copy()
     affine[:3, 3] += affine[:3, :3] @ [s.start for s in box]
@@ -310,24 +319,12 @@ def _read_case(case, cfg):
     record = dict(files=case["images"], stored=axes, stored_shape=list(stored.shape),
                   stored_spacing=spacing_of(affine).tolist(), range=[low, high])
     grid = first, volume.shape, affine
-    parts = [volume] + [_on_grid_of(*grid, path, *read_stored(path)) for path in others]
+    parts = [volume] + [volumes.on_grid_of(*grid, path, *read_stored(path)) for path in others]
     if case["label"]:
-        label = _on_grid_of(*grid, case["label"], *read_stored(case["label"], label=True))
+        label = volumes.on_grid_of(*grid, case["label"], *read_stored(case["label"], label=True))
         parts.append(volumes.label_ids(case["label"], label, cfg))
         record["ids"] = np.unique(parts[-1]).tolist()
     return parts, affine, record
-
-
-def _on_grid_of(first, shape, first_affine, path, voxels, affine):
-    """The voxels as RAS+; VolumeError where they do not lie on the grid of the case's first file."""
-    voxels, affine = volumes.to_ras(voxels, affine)
-    if voxels.shape != shape:
-        raise VolumeError(f"{path}: shape {voxels.shape} (RAS), but {Path(first).name} has {shape}")
-    corners = np.array([[*corner, 1] for corner in product(*[(0, n - 1) for n in shape])])
-    off = np.linalg.norm(corners @ (affine - first_affine).T, axis=1).max()
-    if off > 0.2 * spacing_of(affine).min():                        # rounded headers: far below it
-        raise VolumeError(f"{path}: lies up to {off:.3g} mm away from {Path(first).name} (different affines)")
-    return voxels
 
 
 BODY_CELL = 8                       # voxels along each axis of a cell of the body map
@@ -393,7 +390,7 @@ def scale_intensity(volume, inside, cfg, path):
 # ----------------------------------------- cache: one memory-mapped .npy per array, an index.json beside them
 
 FIRST_PER_CLASS = 4096              # foreground positions kept per class and scan, spread evenly over it
-CACHE_VERSION = 2                   # raise it when a scan gets other files or another record
+CACHE_VERSION = 3                   # raise it when a scan gets other files or another record
 
 
 def cache_folder(cfg):
@@ -402,14 +399,15 @@ def cache_folder(cfg):
     return Path(cfg.cache) / f"{cfg.dataset}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
-def cache_name(case):
-    """File stem of a case: id, hash of its files' roles, names, sizes, times: a changed scan is redone."""
+def cache_name(case, cfg):
+    """File stem of a case: id, hash of its files' roles, places below the root, sizes, times: a changed scan
+    is redone, data that move as a whole are not."""
     sources = [len(case["images"]), len(case["targets"])]
     for path in _files(case):
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        for file in volumes.files_of(path):
             state = file.stat() if file.exists() else None
-            said = (file.name, state.st_size, state.st_mtime_ns) if state else ("missing",)
-            sources.append((path.name, *said))
+            said = (state.st_size, state.st_mtime_ns) if state else ("missing",)
+            sources.append((os.path.relpath(file, root(cfg)), *said))
     return f"{case['id']}-{hashlib.sha256(repr(sources).encode()).hexdigest()[:12]}"
 
 
@@ -430,10 +428,13 @@ def read_index(folder):
 
 
 def _is_whole(folder, name, record):
-    """Whether the image of a cached scan is there in full: somebody may have swept the folder."""
+    """Whether the arrays of a cached scan are there in full: somebody may have swept the folder."""
     try:
-        voxels = record["channels"] * math.prod(record["shape"])
-        return (folder / f"{name}.image.npy").stat().st_size > 2 * voxels
+        voxels = math.prod(record["shape"])
+        least = {"image": 2 * record["channels"] * voxels, "body": 0}
+        least |= {"label": voxels, "positions": 0} if "ids" in record else {}
+        least |= {"target": 2 * len(record["target_fill"]) * voxels} if "target_fill" in record else {}
+        return all((folder / f"{name}.{key}.npy").stat().st_size > size for key, size in least.items())
     except (OSError, LookupError, TypeError):
         return False
 
@@ -484,7 +485,7 @@ def fill_cache(cases, cfg, say=print):
     it leaves whole arrays only, and goes on from there when called again; several programs may fill a folder.
     """
     folder = cache_folder(cfg)
-    names = [cache_name(case) for case in cases]
+    names = [cache_name(case, cfg) for case in cases]
     index, reasons = read_index(folder), {}
     todo = {name: case for name, case in zip(names, cases)
             if name not in index or not _is_whole(folder, name, index[name])}
@@ -550,23 +551,19 @@ def _in_processes(todo, cfg, folder, say):
 def expected_bytes(case, cfg):
     """Upper bound of what a case will take, from the headers alone; 0 for what the reader will refuse.
 
-    2 bytes a voxel, and a byte a cell of the first image's body map: less than a hundredth of that.
+    2 bytes a voxel, a byte a cell of the first image's body map, and what every file begins with.
     """
-    cfg, total = ruled(case, cfg), 0
+    cfg, total = ruled(case, cfg), 256
     if case["label"]:                                               # its table of positions, 16 bytes a row
         total += 16 * FIRST_PER_CLASS * (len(cfg.labels) or 32)
     for path in _files(case):
         with contextlib.suppress(Exception):                        # the reader will name the reason
-            if cfg.resize:
-                total += int(2.02 * math.prod(cfg.resize))
-            elif path.name.endswith((".nii", ".nii.gz")):
-                image = nib.load(path)
-                voxels, lengths = math.prod(image.shape), spacing_of(image.affine)
-                packed = voxels * image.get_data_dtype().itemsize <= path.stat().st_size * 1032
-                if packed and volumes.plausible(lengths):
-                    if cfg.spacing:
-                        voxels *= math.prod(lengths) / math.prod(cfg.spacing)
-                    total += int(2.02 * voxels)
+            if cfg.resize or path.name.endswith((".nii", ".nii.gz")):
+                shape, lengths = volumes.read_header(path)
+                if cfg.spacing:
+                    shape = (np.array(shape) - 1) * lengths / cfg.spacing + 2
+                shape = np.array(cfg.resize or shape)
+                total += int(2 * shape.prod() + (shape / BODY_CELL + 1).prod()) + 256
             else:                                                   # pictures are packed about 2 to 1
                 files = path.iterdir() if path.is_dir() else [path]
                 total += 2 * sum(file.stat().st_size for file in files)
@@ -679,12 +676,13 @@ def warp(volume, H, size, mode="linear", fill=0.0):
     out = torch.from_numpy(nib.affines.from_matvec(np.diag(2 / source), 1 / source - 1)).to(H.device)
     theta = (out @ torch.linalg.inv(H.double()) @ into)[:, :3]
     theta = torch.cat([theta[:, :, :3].flip(1, 2), theta[:, :, 3:].flip(1)], 2)
-    real = volume if volume.is_floating_point() else volume.float()
+    real = volume if volume.dtype == torch.float64 else volume.float()
     grid = F.affine_grid(theta.to(real.dtype), (len(volume), 1, *size), align_corners=False)
     fill = torch.as_tensor(fill, dtype=real.dtype, device=real.device)
     fill = rearrange(fill, "b c -> b c 1 1 1") if fill.ndim else fill
     way = "bilinear" if mode == "linear" else "nearest"
-    return (F.grid_sample(real - fill, grid, mode=way, align_corners=False) + fill).to(volume.dtype)
+    moved = F.grid_sample(real - fill, grid, mode=way, align_corners=False) + fill
+    return (moved if volume.is_floating_point() else moved.round()).to(volume.dtype)
 
 
 def patch_centres(grid, patch):
@@ -857,6 +855,8 @@ class Slabs(torch.utils.data.Dataset):
             middle = (cells[generator.integers(len(cells))] * BODY_CELL + BODY_CELL // 2).astype(int)
             start = np.where(shape > size, np.clip(middle - size // 2, 0, np.maximum(shape - size, 0)), start)
             shown = crops_with_body(body, start, size, crop)
+            if not len(shown):                                      # a cell of few voxels at the scan's end
+                shown = (np.minimum(middle, shape - 1) - start)[None] // crop
         H = random_affine(generator, (size - 1) / 2, cfg.rotation, cfg.scale, cfg.shear, cfg.shift, cfg.flip,
                           scan.spacing)
         chosen = shown[generator.integers(len(shown))]
@@ -998,6 +998,9 @@ def summary(good, cfg):
     ids = collections.Counter(k for r in records for k in r.get("ids", ()))
     if ids:
         lines.append("label ids (scans): " + ", ".join(f"{k} ({n})" for k, n in sorted(ids.items())))
+    if cut := {case["id"]: r["label_cut"] for case, _, r in good if r.get("label_cut")}:
+        lines.append(f"labelled voxels cut away with the background (below `foreground`), {len(cut)} scans: "
+                     + ", ".join(f"{name} {n}" for name, n in [*cut.items()][:8]))
     reach = {case["id"]: r["range"][1] - r["range"][0] for case, _, r in good}
     far = []
     for pattern in cfg.rules or ("*",):
@@ -1025,7 +1028,7 @@ def filling(good, files):
 def main(argv):
     cfg = configs.load(Config, argv)
     cases = find_cases(cfg)
-    print(f"{len(cases)} cases below {root(cfg)}")
+    print(f"{len(cases)} cases of {len({case['subject'] for case in cases})} subjects below {root(cfg)}")
     good, reasons = fill_cache(cases, cfg)
     if good:
         files = [arg for arg in argv if not arg.startswith("--")]

@@ -7,6 +7,7 @@ Started again with the same name it goes on from runs/<name>/last.pt. runs/<name
 checkpoint that did best on the validation cases; python evaluate.py configs/btcv.py scores it.
 """
 import dataclasses
+import re
 import time
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class Config(tasks.Config):
     scale: tuple = (0.9, 1.1)       # ours
     shear: float = 0.0
     shift: tuple = (0.0, 0.0, 0.0)  # voxels; the crop's place is random already
-    flip: tuple = (0.2, 0.2, 0.2)   # released code
+    flip: tuple = (0.2, 0.2, 0.2)   # released code; where labels name sides, better none along x
     jitter_shift: tuple = (0.5, 0.1)    # released code
     jitter_scale: tuple = (0.1, 0.1)    # released code
     jitter_gamma: tuple = (0.0, 0.0)
@@ -94,6 +95,12 @@ def check(cfg, ranks):
         raise SystemExit(str(error)) from None
 
 
+def sided(cfg):
+    """Names of labels that tell left from right."""
+    words = {name: set(re.split(r"\W|_", str(name).lower())) for name in cfg.labels.values()}
+    return [name for name, said in words.items() if said & {"left", "right", "l", "r"}]
+
+
 def start_from(network, cfg, parts, say):
     """Load cfg.init; say which cases of val and test it has seen, and how its preprocessing differs."""
     try:
@@ -104,7 +111,7 @@ def start_from(network, cfg, parts, say):
         raise SystemExit(str(error)) from None
     for part in ("val", "test"):
         files = [case["images"] + case["targets"] for case in parts[part]]
-        known = sum(any(data.known_as(file, cfg) in seen for file in each) for each in files)
+        known = sum(any(data.known_as(file, cfg) & seen for file in each) for each in files)
         if known:
             say(f"{cfg.init} was pre-trained on {known} of the {len(files)} {part} cases, without their "
                 "labels")
@@ -208,6 +215,9 @@ def main(argv):
         say(f"{folder} is complete: {first} steps, best {best}; python evaluate.py scores {folder}/best.pt")
         return
     say(configs.differing(cfg))
+    if cfg.flip[0] > 0 and sided(cfg):
+        say(f"flip = {cfg.flip} mirrors left and right, but labels name sides ({sided(cfg)[0]!r}): a mirror "
+            f"image keeps its name; flip = {(0.0, *cfg.flip[1:])} leaves sides as they are")
     parts, train, val, device = open_scans(cfg, ranks, local, folder, first, say)
     network, optimizer = build(cfg, device, state is None, parts, say)
     if state is not None:

@@ -428,7 +428,8 @@ def main(argv):
         + heading(cfg, scans, student, crop_grid, token_grid, ranks, first))
     lock = run.start_log(folder, cfg, first, origin) if rank == 0 else None
     # for the encoder's file, not for the log
-    origin["seen"] = sorted({data.known_as(file, cfg) for scan in scans for file in scan.case["images"]})
+    files = [file for scan in scans for file in scan.case["images"]]
+    origin["seen"] = sorted(set().union(*(data.known_as(file, cfg) for file in files)))
 
     sums, waited, counted = {}, 0.0, 0
     began = tick = time.time()

@@ -27,6 +27,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 import data
+import finetune
 import pretrain
 
 HERE = Path(data.__file__).parent
@@ -248,7 +249,8 @@ def assert_same_scan(one, other):
     np.testing.assert_allclose(a_affine, b_affine, atol=2e-4)
 
 
-def write_dicom(folder, sitk, image, leave_out=(), series="1.2.3.4.5"):
+def write_dicom(folder, sitk, image, leave_out=(), series="1.2.3.4.5", tilt=0.0, slopes=None):
+    """tilt: mm by which each slice lies further along its columns; slopes: of its values, one a slice."""
     folder.mkdir(exist_ok=True)
     before = locale.setlocale(locale.LC_CTYPE)
     writer = sitk.ImageFileWriter()
@@ -257,7 +259,11 @@ def write_dicom(folder, sitk, image, leave_out=(), series="1.2.3.4.5"):
     for k in set(range(image.GetSize()[2])) - set(leave_out):
         page = sitk.GetImageFromArray(sitk.GetArrayFromImage(image)[k])
         page.SetSpacing(image.GetSpacing()[:2])
-        place = image.TransformIndexToPhysicalPoint((0, 0, k))
+        place = np.add(image.TransformIndexToPhysicalPoint((0, 0, k)), tilt * k * turn[:, 1])
+        if slopes:
+            for tag, value in {"0028|1052": 0, "0028|1053": slopes[k], "0028|0100": 16, "0028|0101": 16, "0028|0102": 15,
+                               "0028|0103": 1}.items():
+                page.SetMetaData(tag, str(value))
         for tag, value in {"0008|0060": "CT", "0020|000d": "1.2.3.4", "0020|000e": series, "0008|0018": f"{series}.{k + 1}",
                            "0020|0013": str(k + 1), "0020|0032": "\\".join(f"{v:.10g}" for v in place),
                            "0020|0037": "\\".join(f"{v:.10g}" for v in (*turn[:, 0], *turn[:, 1]))}.items():
@@ -289,8 +295,32 @@ def test_other_formats_are_refused_in_one_line(tmp_path):
     assert "3 to 6 mm apart" in refusal(write_dicom(tmp_path / "gap", sitk, image, leave_out=[4]))
     write_dicom(tmp_path / "both", sitk, image)
     assert "2 DICOM series" in refusal(write_dicom(tmp_path / "both", sitk, image, series="1.2.3.4.6"))
+    voxels, *_ = data.read_volume(write_dicom(tmp_path / "rounded", sitk, image, tilt=0.1))     # less than a pixel in all
+    assert sorted(voxels.shape) == [6, 7, 9]
+    assert "the last slice is shifted by 4 mm" in refusal(write_dicom(tmp_path / "tilted", sitk, image, tilt=0.5))
     (tmp_path / "nothing").mkdir()
     assert "a folder with 0 files" in refusal(tmp_path / "nothing")
+
+
+def test_a_series_whose_slices_have_slopes_of_their_own_keeps_fractions(tmp_path):
+    sitk, image = itk_volume()
+    slopes = [1, 0.25, 2, 0.5, 1.75, 1, 1, 3, 0.125]                # the first gives whole numbers
+    wanted = sitk.GetArrayFromImage(image)
+    wanted[:] = np.abs(wanted) // 2
+    pages = sitk.GetImageFromArray(wanted)
+    pages.CopyInformation(image)
+    raw = (wanted // np.array(slopes)[:, None, None]).astype(np.int16)
+    stored = sitk.GetImageFromArray((raw * np.array(slopes)[:, None, None]).astype(np.float64))
+    stored.CopyInformation(image)
+    folder = write_dicom(tmp_path / "pet", sitk, stored, slopes=slopes)
+    sitk.WriteImage(stored, str(tmp_path / "pet.nii.gz"))
+    assert_same_scan(tmp_path / "pet.nii.gz", folder)
+
+
+def test_a_surface_file_is_no_volume(tmp_path):
+    axis = nib.cifti2.ScalarAxis(["a"]), nib.cifti2.BrainModelAxis.from_mask(np.ones((3, 3, 3)), affine=np.eye(4))
+    nib.save(nib.Cifti2Image(np.ones((1, 27), np.float32), header=axis), tmp_path / "a.dscalar.nii")
+    assert "holds a Cifti2Image, expected a volume" in refusal(tmp_path / "a.dscalar.nii")
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "JPEG"])
@@ -382,6 +412,22 @@ def test_patterns_with_fields_channels_and_back_references(tmp_path):
         data.find_cases(cfg)
     cfg.label = "{subject}/{session}.nii.gz"
     assert "'session'" in ends(data.find_cases, cfg)
+    for label in ("{subject}/{}.nii.gz", "{subject}/{id.nii.gz"):
+        cfg.label = label
+        assert f"pattern {label!r}: {{field}} must be one of the first" in ends(data.find_cases, cfg)
+    assert "pattern '{0}.nii' finds nothing" in ends(data.find_cases, config(tmp_path, image="{0}.nii"))
+    assert "expected one below data = " in ends(data.find_cases, config(tmp_path, scans=f"{tmp_path}/*/*.nii.gz"))
+
+
+def test_a_scan_is_known_again_on_another_machine_and_below_another_root(tmp_path):
+    touch(tmp_path, "here/set/a.nii.gz", "there/set/a.nii.gz")
+    at = lambda root: data.Config(data=str(tmp_path / root))
+    seen = data.known_as(tmp_path / "here/set/a.nii.gz", at("here"))
+    assert seen & data.known_as(tmp_path / "there/set/a.nii.gz", at("there"))       # the same data elsewhere
+    assert seen & data.known_as(tmp_path / "here/set/a.nii.gz", at("here/set"))     # the same file
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    assert seen & data.known_as(tmp_path / "link/set/a.nii.gz", at("link/set"))
+    assert not seen & data.known_as(tmp_path / "there/set/a.nii.gz", at("there/set"))
 
 
 def test_fields_make_ids_and_subjects(tmp_path):
@@ -390,6 +436,9 @@ def test_fields_make_ids_and_subjects(tmp_path):
     assert [(c["id"], c["subject"]) for c in found] == [("s01_post", "s01"), ("s01_pre", "s01"), ("s02_pre", "s02")]
     found = data.find_cases(config(tmp_path, image="s{id}/pre/ct.nii.gz"))
     assert [(c["id"], c["subject"]) for c in found] == [("01", "01"), ("02", "02")]
+    found = data.find_cases(config(tmp_path, scans=("{subject}/pre/ct.nii.gz", "{subject}/post/*.nii.gz")))
+    assert [(c["id"], c["subject"]) for c in found] == [("s01__pre__ct", "s01"), ("s02__pre__ct", "s02"),
+                                                        ("s01__post__ct", "s01")]
     found = data.find_cases(config(tmp_path / "elsewhere", image="{id}/ct.nii.gz"), base=tmp_path / "s01")
     assert [c["fields"] for c in found] == [{"id": "post"}, {"id": "pre"}]
 
@@ -667,7 +716,8 @@ def test_resizing_stretches_the_foreground_and_keeps_world_positions(tmp_path):
         old = nib.affines.apply_affine(nib.load(image).affine, np.array((4, 3, 2)) + np.array(corner) * (10, 8, 12) - 0.5)
         new = nib.affines.apply_affine(np.array(record["affine"]), np.array(corner) * (20, 6, 12) - 0.5)
         np.testing.assert_allclose(new, old, atol=1e-4)
-    assert data.expected_bytes(case_of(image, targets=[image]), cfg) == 2 * int(2.02 * 20 * 6 * 12)
+    assert data.expected_bytes(case_of(image, targets=[image]), cfg) == 256 + 2 * (
+        2 * 20 * 6 * 12 + int(3.5 * 1.75 * 2.5) + 256)          # the body map, the files' own headers
 
 
 def test_label_ids_are_renamed_checked_and_kept(tmp_path):
@@ -692,6 +742,46 @@ def test_label_ids_are_renamed_checked_and_kept(tmp_path):
         with pytest.raises(data.VolumeError, match=words):
             run(write(values), **keys)
     assert "5 is no id of labels" in ends(run, write(ids), labels=three, remap={4: 5})
+    assert "-1, expected 0 to 32767" in ends(run, write(ids), remap={4: -1})
+    assert "expected whole numbers" in ends(run, write(ids), labels=three, remap={"4": 3})
+    assert "expected whole numbers" in ends(run, write(ids), labels={"background": 0, "liver": 1})
+
+
+@pytest.mark.parametrize("kind, stored, remap", [
+    (np.uint16, (0, 1, 65535), {65535: 2}),                         # no int16: was renamed after it was cast
+    (np.int32, (0, 1, 65537), {65537: 2}), (np.int16, (0, 1, -255), {-255: 2}),     # .. and would be 1 there
+    (np.int16, (-1, 1, 2), {-1: 0, 0: 0}), (np.int32, (0, 1, 1 << 23), {1 << 23: 2})])
+def test_ids_that_fit_no_label_are_renamed_as_told(tmp_path, kind, stored, remap):
+    image = nifti(tmp_path / "a.nii.gz", noise(8, 9, 10), np.eye(4))
+    which = np.random.default_rng(0).integers(0, 3, (8, 9, 10))
+    label = nifti(tmp_path / "l.nii.gz", np.array(stored, kind)[which], np.eye(4))
+    for labels in ({}, {1: "a", 2: "b"}):
+        arrays, record = data.preprocess(case_of(image, label=label), config(tmp_path, labels=labels, remap=remap))
+        np.testing.assert_array_equal(arrays["label"], which)
+        assert arrays["label"].dtype == np.uint8 and record["ids"] == [0, 1, 2]
+
+
+def test_what_a_slope_adds_to_an_id_is_rounded_away_and_no_more(tmp_path):
+    image, ids = nifti(tmp_path / "a.nii.gz", noise(8, 9, 10), np.eye(4)), noise(8, 9, 10, seed=3) > 0
+    run = lambda values: data.preprocess(case_of(image, label=nifti(tmp_path / "l.nii.gz", values, np.eye(4))), config(tmp_path))
+    arrays, _ = run((2.0000305 * ids).astype(np.float32))
+    np.testing.assert_array_equal(arrays["label"], 2 * ids)
+    with pytest.raises(data.VolumeError, match="whole numbers, found 2.002"):
+        run((2.002 * ids).astype(np.float32))
+
+
+def test_labels_that_are_cut_away_with_the_background_are_counted(tmp_path):
+    voxels, label = np.full((20, 10, 10), -1000.0, np.float32), np.zeros((20, 10, 10), np.uint8)
+    voxels[:12] = noise(12, 10, 10, seed=2) * 0 + 40 + np.arange(12)[:, None, None]
+    label[8:15, 2:7, 3:9] = 1
+    (tmp_path / "img").mkdir()
+    (tmp_path / "seg").mkdir()
+    nifti(tmp_path / "img/a.nii.gz", voxels, np.eye(4))
+    nifti(tmp_path / "seg/a.nii.gz", label, np.eye(4))
+    cfg = config(tmp_path, image="img/{id}.nii.gz", label="seg/{id}.nii.gz", foreground=-500.0)
+    good, _ = data.fill_cache(data.find_cases(cfg), cfg, lambda line: None)
+    assert good[0][2]["label_cut"] == 3 * 5 * 6
+    assert "labelled voxels cut away with the background (below `foreground`), 1 scans: a 90" in data.summary(good, cfg)
 
 
 def test_label_and_channels_must_lie_on_the_grid_of_the_image(tmp_path):
@@ -766,9 +856,23 @@ def test_cache_holds_two_bytes_a_voxel_whatever_the_number_of_workers(tmp_path):
     open_scans(three)
     same_contents(contents(one), contents(three))
     case = data.find_cases(one)[0]
-    assert data.expected_bytes(case | dict(label=None), one) == int(2.02 * 12 * 10 * 8)
-    written = sum(path.stat().st_size - 128 for path in data.cache_folder(one).glob("0-*.npy"))
+    assert 2 * 12 * 10 * 8 <= data.expected_bytes(case | dict(label=None), one) < 2.1 * 12 * 10 * 8 + 512
+    written = sum(path.stat().st_size for path in data.cache_folder(one).glob("0-*.npy"))
     assert written <= data.expected_bytes(case, one)
+
+
+@pytest.mark.parametrize("unit, edge, spacing", [("meter", 0.002, ()), ("meter", 0.002, (1.0, 1.0, 1.0)),
+                                                 ("mm", 1.0, (8.0, 8.0, 8.0)), ("mm", 1.0, (0.7, 0.7, 3.0))])
+def test_the_size_that_is_announced_is_never_too_small(tmp_path, unit, edge, spacing):
+    image = nib.Nifti1Image(noise(20, 21, 23), np.diag([edge, edge, edge, 1]))
+    image.header.set_xyzt_units(unit)
+    (tmp_path / "img").mkdir()
+    nib.save(image, tmp_path / "img/a.nii.gz")
+    cfg = config(tmp_path, image="img/{id}.nii.gz", spacing=spacing, foreground=-2000.0)
+    open_scans(cfg)
+    written = sum(path.stat().st_size for path in data.cache_folder(cfg).glob("*.npy"))
+    announced = data.expected_bytes(data.find_cases(cfg)[0], cfg)
+    assert written <= announced < 1.6 * written + 1024
 
 
 def test_positions_are_spread_over_large_classes():
@@ -806,12 +910,39 @@ def test_a_changed_file_is_done_again_and_nothing_else(tmp_path):
     np.testing.assert_array_equal(second[1].open("label")[0], noise(12, 10, 8, seed=1) > 0)
 
 
+def test_two_files_of_one_name_size_and_time_are_two(tmp_path):
+    for folder, sign in (("t1", 1), ("t2", -1)):
+        (tmp_path / folder).mkdir()
+        nifti(tmp_path / folder / "a.nii", sign * noise(8, 8, 8), np.eye(4))
+        os.utime(tmp_path / folder / "a.nii", (1e9, 1e9))
+    one, two = (open_scans(config(tmp_path, image=f"{f}/{{id}}.nii", foreground=-1e4))[0].open()[0] for f in ("t1", "t2"))
+    np.testing.assert_allclose(one, 1 - two, atol=1e-3)
+    os.utime(tmp_path / "t1/a.nii", (2e9, 2e9))                    # the same size, another time: another file
+    cfg = config(tmp_path, image="t1/{id}.nii", foreground=-1e4)
+    assert not (data.cache_folder(cfg) / f"{data.cache_name(data.find_cases(cfg)[0], cfg)}.image.npy").exists()
+
+
+def test_data_that_move_as_a_whole_stay_cached(tmp_path):
+    keys = data_set(tmp_path / "here", 1)
+    stem = open_scans(config(tmp_path, data=str(tmp_path / "here"), **keys))[0].stem
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert open_scans(config(tmp_path, data=str(tmp_path / "there"), **keys))[0].stem == stem
+
+
+@pytest.mark.parametrize("key", ["image", "label", "positions", "body", "target"])
+def test_a_cache_that_lost_an_array_is_made_anew(tmp_path, key):
+    cfg = config(tmp_path, **data_set(tmp_path, 1), target="img/case{id}.nii.gz")
+    scan = open_scans(cfg)[0]
+    Path(f"{scan.stem}.{key}.npy").unlink()
+    assert open_scans(cfg)[0].stem == scan.stem and Path(f"{scan.stem}.{key}.npy").exists()
+
+
 def test_the_same_files_in_other_roles_are_other_cases(tmp_path):
     data_set(tmp_path, 1)
     two = config(tmp_path, image=("img/case{id}.nii.gz", "seg/case{id}.nii.gz"))
     aim = config(tmp_path, image="img/case{id}.nii.gz", target="seg/case{id}.nii.gz")
     labelled = config(tmp_path, image="img/case{id}.nii.gz", label="seg/case{id}.nii.gz")
-    assert len({data.cache_name(data.find_cases(cfg)[0]) for cfg in (two, aim, labelled)}) == 3
+    assert len({data.cache_name(data.find_cases(cfg)[0], cfg) for cfg in (two, aim, labelled)}) == 3
     assert open_scans(two)[0].open().shape[0] == 2 and open_scans(aim)[0].open("target").shape[0] == 1
 
 
@@ -819,6 +950,7 @@ KILLED = """
 import io, os, sys, time
 import numpy as np
 import data
+import finetune
 import pretrain
 save, count = np.save, 0
 def half(file, array):
@@ -881,7 +1013,7 @@ def test_two_programs_fill_one_cache(tmp_path):
     cfg = config(tmp_path, foreground=-1e9, **keys)
     cases = data.find_cases(cfg)
     index = data.read_index(data.cache_folder(cfg))
-    assert sorted(index) == sorted(data.cache_name(c) for c in cases) and not list(data.cache_folder(cfg).glob("*.tmp"))
+    assert sorted(index) == sorted(data.cache_name(c, cfg) for c in cases) and not list(data.cache_folder(cfg).glob("*.tmp"))
     clean = config(tmp_path, cache=str(tmp_path / "clean"), **keys)
     open_scans(clean)
     same_contents(contents(cfg), contents(clean))
@@ -944,7 +1076,7 @@ def test_program_prints_the_table(tmp_path, capsys):
     least, most = sorted(v.min() for v in volumes), sorted(v.max() for v in volumes)
     assert rows["smallest value"] == [str(v) for v in least] and rows["largest value"] == [str(v) for v in most]
     assert "stored axes: LAS 2, RAS 1" in said and "label ids (scans): 0 (3), 1 (2), 2 (1)" in said
-    assert "3 cases below" in said and "3 usable scans in" in said and "keys left to other scripts: lr" in said
+    assert "3 cases of 3 subjects below" in said and "3 usable scans in" in said and "keys left to other scripts: lr" in said
 
 
 def test_cut_reaches_outside_the_scan(tmp_path):
@@ -1059,6 +1191,15 @@ def test_warp_by_identity_and_whole_voxels():
     assert all((empty == 201).all() for empty in (moved[0, :, :2], moved[0, :, :, -1], moved[0, ..., :3], moved[1]))
     with pytest.raises(ValueError, match="'cubic'"):
         data.warp(x, still, (13, 11, 9), "cubic")
+
+
+@pytest.mark.parametrize("kind", [torch.int16, torch.float16, torch.bfloat16])
+def test_warp_of_short_numbers_is_that_of_float32_rounded_once(kind):
+    x = (200 * torch.rand(1, 1, 40, 9, 8) - 100).to(kind)
+    move = general_affine(0, (20.0, 4.0, 4.0), scale=(0.8, 1.25), spacing=(1, 1, 1))[None]
+    for H in (torch.eye(4, dtype=torch.float64)[None], move):
+        exact = data.warp(x.float(), H, (30, 9, 8))
+        assert torch.equal(data.warp(x, H, (30, 9, 8)), exact.round().to(kind) if kind == torch.int16 else exact.to(kind))
 
 
 def test_warp_of_one_voxel_thick_tissue_leaves_the_rest_to_the_fill():
@@ -1387,6 +1528,39 @@ def test_slabs_and_their_crops_show_the_body(body_scans):
         assert (sample["start"] >= 0).all() and (sample["start"].numpy() + cfg.slab <= scan.shape).all()
         seen.add(mine)
     assert len(seen) == 4
+
+
+def test_a_cell_of_few_voxels_at_the_end_of_a_scan_gives_a_slab(tmp_path):
+    voxels = np.full((196, 72, 72), -1000, np.int16)
+    voxels[:20] = noise(20, 72, 72) // 50
+    voxels[192:] = 40                                               # a plate, in the last 4 voxels of 196
+    nifti(tmp_path / "a.nii.gz", voxels, np.eye(4))
+    cfg = config(tmp_path, scans="*.nii.gz", foreground=-1e4, slab=(64,) * 3, crop=(64,) * 3, token_patch=8, **QUIET)
+    slabs, ends_there = data.Slabs(open_scans(cfg), cfg, batch=1, seed=0), 0
+    for step in range(120):
+        sample = slabs[step, 0]
+        ends_there += int(sample["start"][0]) == 132
+        assert (sample["crop"] == 0).all() and (sample["start"] >= 0).all()
+    assert ends_there > 5
+
+
+def sizes_in_mm(H, spacing):
+    """Singular values of the linear part as it acts in mm: 1 1 1 of a turn."""
+    linear = np.diag(spacing) @ H.numpy()[:3, :3] @ np.diag(1 / np.array(spacing))
+    return np.linalg.svd(linear)[1]
+
+
+def test_a_turn_is_one_in_mm_in_every_sample(tmp_path):
+    nifti(tmp_path / "a.nii.gz", noise(40, 40, 20), np.diag([0.7, 0.9, 3.0, 1]))
+    cfg = config(tmp_path, scans="*.nii.gz", rotation=(40.0, 40.0, 90.0), twin_rotation=(40.0, 40.0, 90.0), shear=0.0, scale=(1.0, 1.0),
+                 twin_scale=(1.0, 1.0), **QUIET)
+    scans = open_scans(cfg)
+    tuned = finetune.Config(crop=(16,) * 3, rotation=(40.0, 40.0, 90.0), scale=(1.0, 1.0), flip=(0.0,) * 3)
+    for step in range(4):
+        sample = data.Slabs(scans, cfg, batch=1, seed=1)[step, 0]
+        for H in (sample["H"], sample["H_twin"], data.Crops(scans, tuned, batch=1, seed=1)[step, 0]["H"]):
+            assert abs(H[0, 1]) > 1e-3
+            np.testing.assert_allclose(sizes_in_mm(H, scans[0].spacing), 1, atol=1e-9)
 
 
 def test_crops_of_the_moved_slab_that_show_none_of_the_chosen_one(body_scans):

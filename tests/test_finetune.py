@@ -520,6 +520,13 @@ def test_encoder_is_loaded_whole_and_its_preprocessing_compared(tmp_path, capsys
         "preprocessing differs: spacing was () in training, is (1.5, 1.5, 2.0) here"]
 
 
+def test_labels_that_name_sides():
+    at = lambda names: finetune.Config(labels=dict(enumerate(names, 1)))
+    assert finetune.sided(at(["spleen", "R kidney", "left_lung", "portal+splenic v.", "Lesion (right)", "liver"])) == [
+        "R kidney", "left_lung", "Lesion (right)"]
+    assert finetune.sided(at(["liver", "bright spot", "cleft", "lr"])) == []
+
+
 @pytest.mark.parametrize("keys", [dict(freeze_encoder=True), dict(layer_decay=0.0)])
 def test_a_frozen_encoder_stays_and_the_head_learns(small, train, keys):
     """layer_decay 0 leaves nothing of the learning rate from the last stage on."""

@@ -184,7 +184,8 @@ def main(argv):
     print(f"{origin['device']}, {len(scans)} scans")
     lock = run.start_log(folder, cfg, first, origin)
     # for the encoder's file, not for the log
-    origin["seen"] = sorted({data.known_as(file, cfg) for scan in scans for file in scan.case["images"]})
+    files = [file for scan in scans for file in scan.case["images"]]
+    origin["seen"] = sorted(set().union(*(data.known_as(file, cfg) for file in files)))
     train(cfg, plan, folder, first, network, optimizer, batches, device, origin)
     del lock            # another process may train under this name now
 
