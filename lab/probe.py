@@ -31,8 +31,9 @@ class Config(pretrain.Config):
     checkpoint: str | tuple = ()    # default runs/<name>/encoder.pt; several are compared; "random" is none
     out: str = ""                   # folder of what is written, default runs/<name>
     probe_random: bool = True       # probe random weights first
-    probe_train: float = 0.5        # share of the scans (the first by id) that train it, the rest test it
-    probe_share: float = 0.5        # least share of a patch that its organ covers; tiny organs need less
+    probe_train: float = 0.5        # share of the subjects (the first by id) that train it, the rest test it
+    probe_share: float = 0.25       # least share of a patch that its organ covers; tiny organs need less
+    probe_least: int = 20           # tokens of an organ in either part, or it is left out
     probe_limit: int = 1000         # tokens per class that train it
     probe_crop: tuple = ()          # voxels that the encoder sees at once, () as `crop`; larger is faster
 
@@ -54,7 +55,10 @@ def load_encoder(path, cfg, device):
         torch.manual_seed(cfg.seed)
         return Swin3D(**arguments).to(device).eval()
     try:
-        stated = read_file(path).get("arguments")
+        content = read_file(path)
+        stated = content.get("arguments")
+        for line in tasks.preprocessing_differences(content.get("preprocessing"), cfg):
+            print(f"  {path}: {line} here")
         if isinstance(stated, dict):
             arguments |= {k: stated[k] for k in arguments if k in stated}
         encoder = Swin3D(**arguments | dict(checkpointing=False))
@@ -100,13 +104,35 @@ def _most_central(starts, start, crop, patch):
     return np.flatnonzero(np.argmax(depth, 0) == starts.index(start))
 
 
+def check(cfg):
+    """Refuse what no probe can be made with, one line each, before anything is read."""
+    run.refuse([
+        (cfg.token_patch in (2, 4, 8, 16, 32),
+         f"token_patch = {cfg.token_patch}, expected 2, 4, 8, 16 or 32"),
+        (all(c > 0 and c % 32 == 0 for c in (*cfg.crop, *cfg.probe_crop)) and len(cfg.probe_crop) in (0, 3),
+         f"crop = {cfg.crop}, probe_crop = {cfg.probe_crop}: expected multiples of 32"),
+        (0 < cfg.probe_train < 1 and 0 < cfg.probe_share <= 1 and min(cfg.probe_least, cfg.probe_limit) > 0,
+         f"probe_train = {cfg.probe_train}, probe_share = {cfg.probe_share}, probe_least = "
+         f"{cfg.probe_least}, probe_limit = {cfg.probe_limit}: expected shares up to 1, numbers above 0"),
+    ])
+
+
+def parts_of(scans, cfg):
+    """(scans that train the probe, that test it): the first subjects, the rest, nobody in both."""
+    subjects = list(dict.fromkeys(scan.subject for scan in scans))
+    if len(subjects) < 2:
+        raise SystemExit(f"a probe trains and tests on other subjects, found {len(subjects)}")
+    first = subjects[:max(1, min(len(subjects) - 1, round(cfg.probe_train * len(subjects))))]
+    return [[scan for scan in scans if (scan.subject in first) == training] for training in (True, False)]
+
+
 def probe_scans(cfg):
     """Labelled scans of the probe, preprocessed as the config says."""
     scans = [scan for scan in data.open_scans(cfg) if scan.case["label"]]
     if len(scans) < 2:
         raise SystemExit(f"a probe needs at least two labelled scans, found {len(scans)}; give image and "
                          "label, or a datalist, in a config of the probe's own: configs/demo_probe.py")
-    return scans
+    return tasks.check_channels(scans, cfg)
 
 
 def organ_tokens(encoder, scans, cfg, device, overlap=None):
@@ -163,9 +189,11 @@ def load_heads(path, cfg, device):
     content = {} if path == "random" else read_file(path)
     if content.get("format") != "s2dc/pretrain":
         return None
+    keys = {field.name for field in dataclasses.fields(pretrain.Config)}
+    its_own = pretrain.Config(**{key: value for key, value in content["config"].items() if key in keys})
     networks = []
     for part in ("student", "teacher"):
-        network = pretrain.Network(cfg)
+        network = pretrain.Network(its_own)
         network.load_state_dict(content[part])
         networks.append(network.to(device).eval())
     return [functools.partial(_embedding, network) for network in networks]
@@ -292,39 +320,62 @@ def effective_rank(x):
     return float(np.exp(-np.sum(share * np.log(share))))
 
 
+def enough(train_x, train_y, test_x, test_y, cfg):
+    """(train_x, train_y, test_x, test_y) of the organs with cfg.probe_least tokens in both, {id: [tokens that
+    train, test]} of all: one token of three would be worth a third of an organ, and k neighbours of a class
+    of fewer outvote it however well it is known."""
+    count = {int(c): [int((y == c).sum()) for y in (train_y, test_y)] for c in np.union1d(train_y, test_y)}
+    kept = [c for c, numbers in count.items() if min(numbers) >= cfg.probe_least]
+    if len(kept) < 2:
+        numbers = ", ".join(f"{c}: {n[0]} and {n[1]}" for c, n in count.items()) or "none"
+        raise SystemExit(f"a probe needs two organs with {cfg.probe_least} tokens each that train and that "
+                         f"test (probe_least), found {numbers}; a smaller probe_share gives more")
+    train, test = np.isin(train_y, kept), np.isin(test_y, kept)
+    return (train_x[train], train_y[train], test_x[test], test_y[test]), count
+
+
+def told(counts, cfg):
+    """What the probe is made of, in words."""
+    names = {c: f"{cfg.labels.get(c, c)} {n[0]}/{n[1]}" for c, n in counts.items()}
+    kept = [c for c, n in counts.items() if min(n) >= cfg.probe_least]
+    few = [name for c, name in names.items() if c not in kept]
+    return (f"; {len(kept)} organs by their tokens of {cfg.token_patch} voxels (train/test): "
+            f"{', '.join(names[c] for c in kept)}" + (f"; too few of {', '.join(few)}" if few else ""))
+
+
 def measure(cfg, device):
     """{checkpoint: numbers that need no fine-tuning}, random weights first if probe_random; prints them."""
-    scans, results = probe_scans(cfg), {}
-    files = list(data.several(cfg.checkpoint)) or [str(Path(cfg.runs) / cfg.name / "encoder.pt")]
-    first = max(1, min(len(scans) - 1, round(cfg.probe_train * len(scans))))
-    print(f"probe: {first} scans train, {len(scans) - first} test; tokens of {cfg.token_patch} voxels "
-          "that show an organ")
+    check(cfg)
+    train, test = parts_of(probe_scans(cfg), cfg)
+    files, results = list(data.several(cfg.checkpoint)) or [str(Path(cfg.runs) / cfg.name / "encoder.pt")], {}
     if cfg.probe_random:
         files = ["random", *files]
     rows = [["encoder", "linear probe", "k-NN", "silhouette cos", "silhouette eucl", "effective rank",
              "correspondence", "of blanks", "crop top-1", "L_g top-1", "L_g"]]
     for path in dict.fromkeys(files):                               # each once
         encoder = load_encoder(path, cfg, device)
-        x, y, n = organ_tokens(encoder, scans, cfg, device)
-        sets = x[n < first], y[n < first], x[n >= first], y[n >= first]
+        sets, counts = enough(*organ_tokens(encoder, train, cfg, device)[:2],
+                              *organ_tokens(encoder, test, cfg, device)[:2], cfg)
+        if not results:
+            print(f"probe: {len(train)} scans train, {len(test)} test" + told(counts, cfg))
         linear, near = (score(*sets, cfg.seed, cfg.probe_limit) for score in (linear_probe, knn_probe))
         cosine, euclidean = (silhouette(*sets[2:], metric) for metric in ("cosine", "euclidean"))
         rank = effective_rank(sets[2])
-        found, place = (correspondence_accuracy(encoder, scans[first:], cfg, device, blank)
+        found, place = (correspondence_accuracy(encoder, test, cfg, device, blank)
                         for blank in (False, True))
         pooled = functools.partial(_pooled, encoder)
-        crops = crop_recognition(pooled, pooled, scans[first:], cfg, device)
+        crops = crop_recognition(pooled, pooled, test, cfg, device)
         heads = load_heads(path, cfg, device)
-        L_g = crop_recognition(*heads, scans[first:], cfg, device) if heads else {}
+        L_g = crop_recognition(*heads, test, cfg, device) if heads else {}
         results[path] = dict(linear=linear, knn=near, silhouette_cosine=cosine,
                              silhouette_euclidean=euclidean, effective_rank=rank, correspondence=found,
                              correspondence_of_blanks=place, crops=crops, L_g=L_g,
-                             tokens=[len(sets[0]), len(sets[2])])
+                             tokens=[len(sets[0]), len(sets[2])], organs=counts)
         values = [linear["balanced_accuracy"], near["balanced_accuracy"], cosine[0], euclidean[0], rank,
                   found, place, crops["top1"], L_g.get("top1"), L_g.get("nce")]
         rows.append([path, *["-" if value is None else f"{value:.3f}" for value in values]])
     print(evaluate.text_table(rows))
-    classes = len(np.unique(y))
+    classes = len(np.unique(sets[1]))
     print("(linear probe and k-NN: balanced accuracy over organs, 1 all right, chance "
           f"{1 / classes:.3f}; silhouette: 1 apart, 0 mixed; correspondence: share of tokens found again "
           "after the config's moves, of blanks: with nothing to be seen, by their place; top-1: share of 64 "

@@ -251,7 +251,7 @@ def spheres(tmp_path_factory):
     keys = SPHERES | dict.fromkeys(QUIET, (0.0, 0.1)) | dict(
         name="tiny", runs=f"{folder}/runs", cache=f"{folder}/cache", data=str(folder), workers=1,
         image="image{id}.nii.gz", label="label{id}.nii.gz", crop=(64, 64, 64), crop_foreground=False,
-        rotation=(8.0, 8.0, 20.0), shift=(6.0, 6.0, 4.0), probe_share=0.3, tokens="inside")
+        rotation=(8.0, 8.0, 20.0), shift=(6.0, 6.0, 4.0), probe_share=0.3, probe_least=1, tokens="inside")
     (folder / "x.py").write_text("".join(f"{key} = {value!r}\n" for key, value in keys.items()))
     return folder
 

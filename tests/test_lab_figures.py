@@ -341,7 +341,7 @@ def test_pictures_do_not_change_from_call_to_call(folder):
 @pytest.mark.parametrize("argv, text", [
     ("umap", "no 'umap'; there are: all, similarity"), ("similarity,umap", "'umap'"),
     ("similarity --query=(1,2,60)", "lies in no patch of 0"), ("tsne --query=(10,57,10)", "63, 55, 55"),
-    ("similarity --query=(1,2)", "three numbers"), ("similarity --query=(1,2,'a')", "three numbers"),
+    ("similarity --query=(1,2)", "three numbers"), ("similarity --query=(1,2,'a')", "expected numbers"),
     ("pca --query=(1,2,3) --query_mm=(1,2,3)", "in one of them"),
     ("similarity --figure_scan=7", "no case has that id; there are: 0, 1"),
     ("all --figure_organs=(1,9)", "shows organ 9"), ("similarity --probe_share=1.1", "shows an organ"),

@@ -1,4 +1,5 @@
 """lab/probe.py against scikit-learn, closed forms and brute force, and the command."""
+import dataclasses
 import itertools
 import json
 
@@ -166,7 +167,8 @@ def organ_tokens(encoder, scan):
 @torch.no_grad()
 def test_command_scores_the_second_scan_by_the_first(spheres, tmp_path, capsys):
     """Neighbours, found patches and the table, with loops over the tokens of the encoder's own maps."""
-    pytest.importorskip("sklearn")
+    sklearn = pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn.linear_model")
     file = str(tmp_path / "encoder.pt")
     torch.manual_seed(2)
     encoder = encoder_file(tmp_path / "encoder.pt", **SPHERES).eval()
@@ -187,6 +189,18 @@ def test_command_scores_the_second_scan_by_the_first(spheres, tmp_path, capsys):
     assert number["tokens"] == [len(train), len(test)] and number["linear"]["untrained"] == []
     expected = np.mean([np.mean(each) for each in right.values()])
     assert number["knn"]["balanced_accuracy"] == pytest.approx(expected, abs=0.01)
+    (x, y), (x_, y_) = ([np.array(each) for each in zip(*part)] for part in (train, test))
+    linear = sklearn.linear_model.LogisticRegression(class_weight="balanced", max_iter=2000)
+    guesses = linear.fit((x - x.mean(0)) / x.std(0), y).predict((x_ - x.mean(0)) / x.std(0))
+    expected = np.mean([np.mean(guesses[y_ == k] == k) for k in (1, 2, 3)])
+    assert number["linear"]["balanced_accuracy"] == pytest.approx(expected, abs=0.01)
+    for metric in ("cosine", "euclidean"):
+        expected = sklearn.metrics.silhouette_score(x_, y_, metric=metric)
+        assert number[f"silhouette_{metric}"][0] == pytest.approx(expected, abs=1e-3)
+    strength = np.linalg.svd(x_ - x_.mean(0), compute_uv=False)
+    strength = strength[strength > 1e-9 * strength[0]] / strength.sum()
+    assert number["effective_rank"] == pytest.approx(np.exp(-(strength * np.log(strength)).sum()), rel=1e-3)
+    assert number["organs"] == {str(k): [sum(y == k), sum(y_ == k)] for k in (1, 2, 3)}
     slabs = data.Slabs(scans[1:], cfg, 1, cfg.seed)
     batch = data.collate([slabs.sample(scans[1], np.random.default_rng((cfg.seed, 0)))])
     V, V_, _ = data.views(batch, cfg)
@@ -208,6 +222,51 @@ def test_command_scores_the_second_scan_by_the_first(spheres, tmp_path, capsys):
     assert row[1:3] + row[6:] == [f"{score:.3f}" for score in scores] + ["-", "-"]
 
 
+def test_organs_of_few_tokens_are_left_out_on_both_sides():
+    x = lambda y: np.arange(len(y), dtype=float)[:, None]
+    train, test = np.repeat([1, 2, 3, 4], [30, 5, 4, 20]), np.repeat([1, 2, 4, 5], [6, 9, 5, 40])
+    cfg = probe.Config(probe_least=5, labels={1: "liver", 2: "spleen"})
+    sets, counts = probe.enough(x(train), train, x(test), test, cfg)
+    for values, ids, all_ids in ((sets[0], sets[1], train), (sets[2], sets[3], test)):
+        assert set(ids) == {1, 2, 4} and (all_ids[values[:, 0].astype(int)] == ids).all()
+    assert len(sets[1]) == 55 and len(sets[3]) == 20
+    assert counts == {1: [30, 6], 2: [5, 9], 3: [4, 0], 4: [20, 5], 5: [0, 40]}
+    assert "3 organs by their tokens of 8 voxels (train/test): liver 30/6, spleen 5/9, 4 20/5; too few of 3 4/0, 5 0/40" in (
+        probe.told(counts, dataclasses.replace(cfg, token_patch=8)))
+    with pytest.raises(SystemExit, match="two organs with 21 tokens each .*1: 30 and 6, 2: 5 and 9"):
+        probe.enough(x(train), train, x(test), test, dataclasses.replace(cfg, probe_least=21))
+
+
+def test_neighbours_of_a_perfect_encoder_are_all_right():
+    """Even of the smallest class that is let in: k neighbours are of its own."""
+    pytest.importorskip("sklearn")
+    k = probe.Config().probe_least
+    y = np.repeat([1, 2, 3], [900, 300, k])
+    assert probe.knn_probe(np.eye(3)[y - 1], y, np.eye(3)[y - 1], y)["balanced_accuracy"] == 1
+    fewer = np.repeat([1, 2, 3], [900, 300, 5])                     # .. and those of fewer cannot win the vote
+    assert probe.knn_probe(np.eye(3)[fewer - 1] + 0.01, fewer, np.eye(3)[y - 1], y)["balanced_accuracy"] < 0.7
+
+
+def test_nobody_trains_and_tests():
+    scans = [type("scan", (), dict(subject=who, id=n)) for n, who in enumerate("abcabcab")]
+    for share, first in ((0.5, "ab"), (0.01, "a"), (0.99, "ab")):
+        train, test = probe.parts_of(scans, probe.Config(probe_train=share))
+        assert {s.subject for s in train} == set(first) and {s.subject for s in test} == set("abc") - set(first)
+        assert len(train) + len(test) == 8
+    with pytest.raises(SystemExit, match="on other subjects, found 1"):
+        probe.parts_of(scans[:1], probe.Config())
+
+
+@pytest.mark.parametrize("keys, text", [
+    (dict(token_patch=6), "token_patch = 6"), (dict(token_patch=64), "token_patch = 64"),
+    (dict(probe_crop=(60, 60, 60)), "multiples of 32"), (dict(crop=(84, 96, 96)), "multiples of 32"),
+    (dict(probe_share=1.5), "probe_share = 1.5"), (dict(probe_train=1.0), "probe_train = 1.0")])
+def test_keys_that_would_give_another_number_are_refused(keys, text):
+    with pytest.raises(SystemExit) as caught:
+        probe.check(probe.Config(**keys))
+    assert text in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_crops_are_recognised_among_the_twins_of_one_teacher(spheres, tmp_path):
     """Student and teacher of a last.pt, by hand."""
     argv = [str(spheres / "x.py"), "--slab=(64, 64, 64)", "--hidden=16", "--embedding=8", "--seed=1", f"--cache={tmp_path}"]
@@ -218,7 +277,8 @@ def test_crops_are_recognised_among_the_twins_of_one_teacher(spheres, tmp_path):
     queue = pretrain.Queue(2, cfg.embedding, "cpu")
     optimizer = torch.optim.AdamW(student.parameters())
     pretrain.save_state(tmp_path / "last.pt", student, teacher, optimizer, queue, cfg, 1)
-    found = probe.crop_recognition(*probe.load_heads(tmp_path / "last.pt", cfg, device), scans, cfg, device, crops=6)
+    asked = dataclasses.replace(cfg, hidden=24, embedding=12, matching="sinkhorn")     # the file knows better
+    found = probe.crop_recognition(*probe.load_heads(tmp_path / "last.pt", asked, device), scans, cfg, device, crops=6)
     slabs, queries, keys = data.Slabs(scans, cfg, 1, 1), [], []
     with torch.no_grad():
         for n in range(6):

@@ -64,7 +64,7 @@ pretrain_config = {str(HERE / "configs/demo.py")!r}
 finetune_config = {str(HERE / "configs/demo_segmentation.py")!r}
 rows = {{"random": None, "in plane": {{"rotation": (0, 0, 20.0)}}}}
 pretrain_keys = {small | dict(slab=(64, 64, 64), steps=2, warmup=1, hidden=8, embedding=8, save_every=2)!r}
-probe_keys = {{"probe_train": 0.3, "probe_crop": (64, 64, 64)}}
+probe_keys = {{"probe_train": 0.3, "probe_crop": (64, 64, 64), "probe_least": 1}}
 finetune_keys = {small | dict(steps=1, warmup=0, val="train_002", test="unseen_050", overlap=0.0,
                               exclude=("unseen_05[123]",))!r}
 workers = 0
