@@ -7,6 +7,7 @@ Axis letters: k class, x y z voxels (RAS+: to the patient's right, front and hea
 matplotlib is needed by pictures alone and imported there.
 """
 import dataclasses
+import fnmatch
 import gzip
 import importlib
 import os
@@ -24,7 +25,7 @@ import data
 import metrics
 import run
 import tasks
-from model import WeightsError, load_weights, read_file
+from model import load_weights, read_file
 
 
 @dataclasses.dataclass
@@ -226,8 +227,9 @@ def write_prediction(folder, scan, ready, cfg):
     if cfg.task == "segmentation":
         arrays = [painted(tasks.on_scan(ready, scan, affine, stored.shape, cfg), cfg)]
     else:
-        if cfg.intensity in ("window", "scale"):
-            ready = ready * (cfg.window[1] - cfg.window[0]) + cfg.window[0]
+        own = data.ruled(scan.case, cfg)
+        if own.intensity in ("window", "scale"):
+            ready = ready * (own.window[1] - own.window[0]) + own.window[0]
         arrays = [tasks.to_original(channel, scan.affine, affine, stored.shape, 1, fill=float(channel.min()))
                   for channel in ready]
     header = nib.load(path).header if path.endswith((".nii", ".nii.gz")) else None
@@ -315,6 +317,9 @@ def result_tables(results, cfg):
                      for c in columns]
             if set(spans) - {"", "-..-"}:                           # no interval: of one case, or of an AUC
                 rows.append(["  95 %", *spans])
+            missed = [parts[c].get("missed", 0) for c in columns]
+            if metric == "hd95" and any(missed):
+                rows.append(["  missed, cases", *[str(n) if n else "" for n in missed]])
         if metric in ("dice", "accuracy", "psnr", "ssim", "nmse") and not text:
             rows += [[f"{name} [paper]", *[str(values.get(c, "-")) for c in columns]]
                      for name, values in cfg.paper.items()]
@@ -351,11 +356,18 @@ def compare(results, cfg):
         else:
             values[name] = [case[metric].get(part, np.nan) for case in scores]
     lines, (first, *others) = [], values
+    subjects = [row.get("subject", row["id"]) for row in results[first]["rows"]]
     for name in others:
         scale, unit = (100, " points") if metric in PERCENT else (1, "")
-        mean, low, high = (scale * value for value in metrics.paired_difference(values[name], values[first]))
+        a, b = np.array(values[name]), np.array(values[first])
+        alone = (np.isnan(a) ^ np.isnan(b)) & (metric == "dice")
+        a[alone & np.isnan(a)] = b[alone & np.isnan(b)] = 1         # right to find nothing where nothing is
+        found, pairs = metrics.paired_difference(a, b, subjects=subjects), np.isfinite(a - b).sum()
+        mean, low, high = (scale * value for value in found)
+        of = f" of {len(a)}" if pairs < len(a) else ""
+        said = f"; in {alone.sum()} one rightly finds nothing, which counts 100" if alone.any() else ""
         lines.append(f"{name} minus {first}: {what} {mean:+.4g}{unit}, 95 % interval {low:+.4g} .. "
-                     f"{high:+.4g} ({len(values[name])} cases, paired)")
+                     f"{high:+.4g} ({pairs}{of} cases, paired{said})")
     return "\n".join(lines)
 
 
@@ -364,13 +376,14 @@ def compare(results, cfg):
 def restore(path, cfg, device, subjects=()):
     """The fine-tuned network of a checkpoint; exits with one line when it is none, or another one.
 
-    Or when some of `subjects` trained it, as under another fold, share or list of the same data.
+    Or when some of `subjects` trained it, as under another fold, share or list of the same data; those of
+    them that chose it stand in network.chose.
     """
-    network = tasks.TASKS[cfg.task].network(cfg)
     try:
-        report = load_weights(network, path)
+        network = tasks.TASKS[cfg.task].network(cfg)
+        report = load_weights(network, path, cfg.downsample)
         stored = read_file(path)
-    except WeightsError as error:
+    except ValueError as error:                                     # a WeightsError is one, too
         raise SystemExit(str(error)) from None
     then = stored.get("config") if stored.get("format") == "s2dc/finetune" else None
     if isinstance(then, dict):                                      # other files do not say
@@ -380,6 +393,8 @@ def restore(path, cfg, device, subjects=()):
             if theirs != ours or reordered:                         # the channels follow the order of regions
                 raise SystemExit(f"{path}: trained with {key} = {theirs!r}, the config has {ours!r}")
         seen = sorted(set(subjects) & set(stored.get("subjects", ())))
+        if then.get("dataset") == cfg.dataset:
+            network.chose = set(subjects) & set(stored.get("chose", ()))
         if seen and then.get("dataset") == cfg.dataset:
             raise SystemExit(f"{path}: {len(seen)} {cfg.part} subjects trained it: {', '.join(seen[:4])}; "
                              "give the split of its training (val, test, fold, ..), or --part=train")
@@ -396,6 +411,13 @@ def restore(path, cfg, device, subjects=()):
     return network.to(device).eval()
 
 
+def choosers(networks, scans):
+    """A remark on how many of the scans chose one of the checkpoints, as under another split."""
+    chose = set().union(*(getattr(network, "chose", ()) for network in networks.values()))
+    count = sum(scan.subject in chose for scan in scans)
+    return f" ({count} of them chose a checkpoint)" if count else ""
+
+
 def predict_images(network, folder, cfg, device):
     """Scans without labels: cfg.images is a glob pattern (a tuple: a pattern with {id} per channel), or a
     folder of NIfTI files. What cannot be read is named at the end, when the others are predicted: exit 1."""
@@ -409,8 +431,10 @@ def predict_images(network, folder, cfg, device):
     tails = ["/" if pattern.endswith("/") else "" for pattern in patterns]         # "/": folders of slices
     inside = tuple(os.path.relpath(pattern, base) + tail for pattern, tail in zip(patterns, tails))
     where = dict(scans=inside, image=()) if len(inside) == 1 else dict(scans=(), image=inside)
-    source = dataclasses.replace(cfg, datalist="", label="", target=(), **where)
-    good, reasons = data.fill_cache(data.find_cases(source, base=base), source)
+    source = dataclasses.replace(cfg, datalist="", label="", target=(), exclude=(), **where)
+    cases = [case for case in data.find_cases(source, base=base)    # the config excludes training cases, too
+             if not any(fnmatch.fnmatch(case["id"], pattern) for pattern in data.several(cfg.exclude))]
+    good, reasons = data.fill_cache(cases, source)
     scans = [data.Scan(data.cache_folder(source), name, case, record) for case, name, record in good]
     for k, scan in enumerate(tasks.check_channels(scans, cfg)):
         ready = tasks.predict(network, scan, cfg, device)
@@ -466,7 +490,7 @@ def main(argv):
     if cfg.task != "classification":
         print("\n".join(case_line(row) for result in results.values() for row in result["rows"]))
     chose = cfg.part == "val" or (cfg.part == "test" and cfg.test == "val")
-    same = " (the cases that chose the checkpoint)" if chose else ""
+    same = " (the cases that chose the checkpoint)" if chose else choosers(networks, scans)
     print(f"\n{cfg.name}: {len(scans)} {cfg.part} cases{same}\n\n" + result_tables(results, cfg))
     if len(results) > 1:
         print("\n" + compare(results, cfg))

@@ -26,7 +26,6 @@ from model import WeightsError, load_weights, read_file
 class Config(tasks.Config):
     """What training adds; the task's own keys are in tasks.Config. Sources: paper, released code, ours."""
     init: str = ""                  # weights to start from, as model.load_weights knows them; "" from scratch
-    downsample: str = "legacy"      # how a MONAI-style file merges patches, see model.load_weights
     freeze_encoder: bool = False    # train the rest alone
     layer_decay: float = 1.0        # learning rate times this for each stage away from the decoder; ours: off
     # the moves of training crops, as in pretrain.py; these defaults suit segmentation
@@ -52,8 +51,7 @@ class Config(tasks.Config):
     clip: float = 1.0               # largest gradient norm; ours
     batch: int = 4                  # crops per optimizer step over all processes = cases x crops_per_case
     accumulate: int = 1
-    bf16: bool = True               # bfloat16 autocast on GPUs that have it
-    bf16_cpu: bool = False          # the same on CPUs that have it (AMX, AVX512-BF16)
+    bf16_cpu: bool = False          # bfloat16 in training on CPUs that have it (AMX, AVX512-BF16), too
     compile: bool = False
     log_every: int = 20             # steps
     eval_every: int = 1200          # steps between validations; released code: 50 epochs
@@ -190,17 +188,28 @@ def restore(state, network, optimizer):
         optimizer.load_state_dict(state["optimizer"])
 
 
+def beyond(path, first, best, say):
+    """The best score so far, that of a best.pt from steps after `first`, which are now done again, as well:
+    it stays until it is beaten."""
+    if not path.exists() or (kept := read_file(path))["step"] <= first:
+        return best
+    say(f"{path} is of step {kept['step']}, which this run does again, and scored {kept['score']:.4f}; it "
+        "stays unless a later one scores more")
+    return kept["score"]
+
+
 def save_state(path, kept, optimizer, best):
     """last.pt: a checkpoint as best.pt is one, and what restore and run.resume read beside it."""
     run.save(path, kept | {"optimizer": optimizer.state_dict(), "best": best}, keep=True)
 
 
 def checkpoint(network, cfg, step, score, subjects, origin):
-    """Content of best.pt. subjects: who trained, so that evaluate.py scores nobody of them by mistake."""
+    """Content of best.pt. subjects: who trained, so that evaluate.py scores nobody of them by mistake;
+    origin["chose"]: whose scores made it the best, so that evaluate.py says so where it reports them."""
     return dict(format="s2dc/finetune", model=network.state_dict(), arguments=network.arguments,
                 preprocessing=data.preprocessing(cfg), task=cfg.task, step=step, score=score,
-                subjects=subjects, config=dataclasses.asdict(cfg), commit=origin["commit"],
-                torch=origin["torch"])
+                subjects=subjects, chose=origin.get("chose", []), config=dataclasses.asdict(cfg),
+                commit=origin["commit"], torch=origin["torch"])
 
 
 def main(argv):
@@ -223,6 +232,7 @@ def main(argv):
     if state is not None:
         restore(state, network, optimizer)
         say(f"resumed from {folder}/last.pt at step {first}")
+        best = beyond(folder / "best.pt", first, best, say)
     model = run.parallel(network, ranks, device)
     bf16 = run.bfloat16(cfg, device)
     task = tasks.TASKS[cfg.task]
@@ -234,6 +244,7 @@ def main(argv):
         f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters, {len(train)} scans train, "
         f"{len(val)} choose; batch {cfg.batch} crops of {cfg.crop}; steps {first} to {cfg.steps}")
     lock = run.start_log(folder, cfg, first, origin) if rank == 0 else None
+    origin["chose"] = sorted({case["subject"] for case in parts["val"]})        # not for the log
 
     sums, waited, counted = torch.zeros(2, device=device), 0.0, 0
     began = tick = time.time()

@@ -176,29 +176,40 @@ def mean(values):
     return float(values.mean()) if values.size else np.nan
 
 
-def bootstrap_mean(values, seed=0):
+def bootstrap_mean(values, seed=0, subjects=None):
     """Mean over cases and its 95 % interval: percentile bootstrap, 10,000 resamples of the cases.
 
     values   (m,) one number per case; NaN: the case has no score and is left out
+    subjects (m,) whose case it is: where one has several, subjects are resampled, each with all its cases
     returns  (mean, low, high); NaN: no interval, of one case or an infinite value. Too narrow with fewer than
              about ten cases: it cannot know of cases unlike those at hand
     """
     values = np.asarray(values, float)
     if values.ndim != 1:
         raise ValueError(f"bootstrap_mean: expected one number per case, found shape {values.shape}")
-    values = values[~np.isnan(values)]
-    if len(values) < 2 or not np.isfinite(values).all():
+    known = ~np.isnan(values)
+    values, owner = values[known], np.arange(known.sum())
+    if subjects is not None:
+        _, owner = np.unique(np.asarray(subjects)[known], return_inverse=True)
+    if len(set(owner.tolist())) < 2 or not np.isfinite(values).all():
         return mean(values), np.nan, np.nan
+    if owner.max() + 1 < len(values):
+        sums, counts = np.bincount(owner, values), np.bincount(owner)
+        rng, drawn = np.random.default_rng(seed), []
+        for _ in range(100):                                                    # a hundredth at once
+            picked = rng.integers(0, len(sums), (100, len(sums)))
+            drawn.append(sums[picked].sum(1) / counts[picked].sum(1))
+        return mean(values), *map(float, np.percentile(np.concatenate(drawn), [2.5, 97.5]))
     rng, batch = np.random.default_rng(seed), max(1, 2**22 // len(values))      # 32 MiB of indices at once
     drawn = bootstrap((values,), np.mean, method="percentile", n_resamples=10000, batch=batch, rng=rng)
     return mean(values), *map(float, drawn.confidence_interval)
 
 
-def paired_difference(a, b, seed=0):
+def paired_difference(a, b, seed=0, subjects=None):
     """Mean of a - b over the cases that both scored, and its interval, as `bootstrap_mean`.
     a, b (m,): one number per case, the same cases in the same order; above 0: a is larger."""
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape:
         found = f"{a.shape} and {b.shape}"
         raise ValueError(f"paired_difference: a and b must score the same cases, found {found}")
-    return bootstrap_mean(a - b, seed)
+    return bootstrap_mean(a - b, seed, subjects)

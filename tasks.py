@@ -1,7 +1,7 @@
 """What the four downstream tasks are, from the split of the cases to the score of one.
 
-1. keys; 2. who trains, who chooses, who is reported; 3. sliding window; 4. back to the scan's own voxels;
-5. networks and losses; 6. scores of a case; 7. the four tasks; 8. predictions and scores of many cases.
+1. keys; 2. who trains, who chooses, who is reported; 3. sliding window; 4. networks and losses; 5. scores of
+a case; 6. the four tasks; 7. predictions and scores of many cases. Back to a scan's own voxels: volumes.py.
 Axis letters: b batch, c channel, k class, n cases, x y z voxels (RAS+: right, front, head)."""
 import csv
 import dataclasses
@@ -21,6 +21,7 @@ import losses
 import metrics
 import volumes
 from model import UNETR, Classifier, SwinUNETR
+from volumes import to_original as to_original
 
 # -------------------------------------------------------------------------------------------------- 1. keys
 
@@ -51,7 +52,7 @@ class Config(data.Config):
     table_key: str = "{id}"         # what names the case in the table's columns ..
     case_key: str = "{id}"          # .. and in the case's fields, id and subject
     # who trains, who chooses the checkpoint, who is reported
-    only: str | tuple = ()          # csv files: cases that none of them names are left out
+    only: str | tuple = ()          # csv files: cases that none of them names are left out, of every part
     val: str | tuple = ()           # ids or patterns of ids; or csv files: the cases that every file names
     test: str | tuple = ()          # the same; "val": the cases that chose, as much of the field reports
     val_section: str = ""           # section of the datalist instead
@@ -68,10 +69,16 @@ class Config(data.Config):
     windows: int = 4                # windows per forward
     flips: bool = False             # average over the 8 mirrored copies
     data_range: float = 0.0         # of PSNR, SSIM, in preprocessed units; 0: each target's own range
+    bf16: bool = True               # bfloat16 autocast on GPUs that have it, in training and in prediction
+    downsample: str = "legacy"      # how a MONAI-style file merges patches, see model.load_weights
 
 
 def check(cfg):
     """Refuse a configuration that cannot run, one line, before anything is read."""
+    if not all(type(k) is int for k in cfg.labels) or not all(type(g) is tuple for g in cfg.regions.values()):
+        raise SystemExit(f"labels = {cfg.labels}, regions = {cfg.regions}: expected {{id: name}} and {{name: "
+                         "(id, ..)}, one id as (3,)")
+    names = names_of(cfg) if cfg.task == "segmentation" else list(cfg.classes)
     labels, numbers = sorted(cfg.labels), sorted(set(cfg.classes.values()))
     segments, classifies = cfg.task == "segmentation", cfg.task == "classification"
     unknown = [k for group in cfg.regions.values() for k in group if k not in cfg.labels]
@@ -90,6 +97,12 @@ def check(cfg):
         (0 < cfg.label_fraction <= 1, f"label_fraction = {cfg.label_fraction}, expected above 0, at most 1"),
         (0 <= cfg.overlap < 1, f"overlap = {cfg.overlap}, expected 0 or more, below 1"),
         (cfg.blend in ("gaussian", "constant"), f"blend = {cfg.blend!r}, expected 'gaussian' or 'constant'"),
+        (cfg.windows > 0 and cfg.data_range >= 0,
+         f"windows = {cfg.windows}, data_range = {cfg.data_range}: expected above 0, and 0 or more"),
+        (0 <= cfg.val_share < 1 and 0 <= cfg.test_share < 1,
+         f"val_share = {cfg.val_share}, test_share = {cfg.test_share}, expected shares from 0 to below 1"),
+        (len(set(names)) == len(names) and not {"mean", "id"} & set(names),
+         f"names {names}: each must be another, and none 'mean' or 'id', as columns of the tables are"),
         (not unknown, f"regions: id {unknown[:1]} is not in `labels`"),
     ]
     for fine, text in rules:
@@ -110,7 +123,8 @@ def split_cases(cfg):
     if cfg.only:
         tables = [_table(data.root(cfg) / file, cfg.table_key) for file in data.several(cfg.only)]
         listed = set().union(*tables)
-        parts["train"] = [case for case in parts["train"] if _case_key(case, cfg) in listed]
+        for part, cases in parts.items():
+            parts[part] = [case for case in cases if _case_key(case, cfg) in listed]
     everyone = parts["train"]
     if cfg.test and cfg.test != "val":
         _move(parts, "test", _named(everyone, cfg.test, cfg))
@@ -119,6 +133,11 @@ def split_cases(cfg):
     elif cfg.fold >= 0 and any("fold" in case for case in everyone):
         _move(parts, "val", {case["id"] for case in everyone if case.get("fold") == cfg.fold})
     elif cfg.fold >= 0:
+        if cfg.fold >= cfg.folds:
+            raise SystemExit(f"fold = {cfg.fold}, expected 0 to {cfg.folds - 1} (folds = {cfg.folds})")
+        if cfg.test_share and "test" not in parts:                  # of all: the same whatever the fold
+            _move(parts, "test", _share(parts["train"], cfg.test_share, "test", cfg))
+            everyone = parts["train"]
         subjects = sorted({case["subject"] for case in everyone})[cfg.fold::cfg.folds]
         _move(parts, "val", {case["id"] for case in everyone if case["subject"] in subjects})
     for part, share in (("test", cfg.test_share), ("val", cfg.val_share)):
@@ -251,7 +270,7 @@ def sliding_window(predict, volume, window, overlap, batch, blend="gaussian", de
     blend    "gaussian": weight exp(-d^2 / 2 sigma^2) >= 1e-3, sigma = window / 8; "constant": plain mean
     device   where predict runs, default the volume's
     store    "device", "cpu", or None: on the device if, after the first batch, 9/10 of its free memory hold
-             the output, else on the CPU
+             the output twice (who makes probabilities of it needs another), else on the CPU
     pad      value around a volume smaller than the window (half before, half after; cropped off again)
     returns  (b, k, x, y, z), float32 or wider, where it was stored
 
@@ -340,67 +359,11 @@ def _output(part, n, volume, window, store):
     dtype = torch.promote_types(part.dtype, torch.float32)
     if store is None and part.device.type == "cuda":
         free = torch.cuda.mem_get_info(part.device)[0]
-        store = "device" if np.prod(shape) * dtype.itemsize < 0.9 * free else "cpu"
+        store = "device" if 2 * np.prod(shape) * dtype.itemsize < 0.9 * free else "cpu"
     return torch.zeros(shape, dtype=dtype, device=part.device if store == "device" else "cpu")
 
 
-# ----------------------------------------------------------------------- 4. back to the scan's own voxels
-
-def to_original(array, affine_pre, affine_orig, shape_orig, order, fill=0):
-    """Bring a prediction from the preprocessed grid to the scan's own: undoes crop, spacing and orientation.
-
-    array     (x, y, z) or (k, x, y, z) on the preprocessed grid, numpy or tensor
-    affine_*  (4, 4) voxel -> mm of either grid;   shape_orig  (3,) voxels of the scan as stored
-    order     1: linear, for probabilities, class by class; 0: nearest, for ids
-    fill      value of voxels beyond the preprocessed grid (0 in all classes is class 0 by argmax)
-    returns   tensor (.., *shape_orig), the array's dtype (linear: float32 or wider); exact where centres meet
-
-    A voxel fills half a step to each side of its centre, so that the rim of a scan that was merely resampled
-    keeps its prediction; scipy and nibabel stop at the outermost centres. Beside the output it holds about
-    three volumes. Raises ValueError for another order or rank, and for grids that are rotated against each
-    other (data.py makes none)."""
-    array = torch.as_tensor(array)
-    affine_pre, affine_orig = np.asarray(affine_pre, float), np.asarray(affine_orig, float)
-    if array.ndim not in (3, 4) or order not in (0, 1):
-        raise ValueError(f"to_original: expected (x, y, z) or (k, x, y, z) and order 0 or 1, "
-                         f"found {tuple(array.shape)}, {order}")
-    matrix = np.linalg.inv(affine_pre) @ affine_orig                # voxel of the scan -> voxel of the array
-    reach = np.abs(matrix[:3, :3]) * np.asarray(shape_orig)         # voxels from end to end of the scan
-    owner = reach.argmax(1)                                         # axis of the scan that each axis follows
-    if len(set(owner)) < 3 or (reach.sum(1) - reach.max(1) > 0.01).any():
-        raise ValueError(f"to_original: the grids are turned against each other: "
-                         f"{affine_pre.tolist()}, {affine_orig.tolist()}")
-    if order == 1:
-        array = array.to(torch.promote_types(array.dtype, torch.float32))
-    each = array if array.ndim == 4 else array[None]
-    out = torch.empty(len(each), *shape_orig, dtype=array.dtype, device=array.device)
-    for place, one in zip(out, each):
-        place.copy_(_resample(one, matrix, owner, shape_orig, order, fill))
-    return out if array.ndim == 4 else out[0]
-
-
-def _resample(volume, matrix, owner, shape, order, fill):
-    """Three one-dimensional interpolations: the grids' axes differ by order, sign, step and offset alone."""
-    outside = []
-    for axis, j in enumerate(owner):                                # axis of the array, axis j of the scan
-        n = volume.shape[axis]
-        at = np.round(matrix[axis, j] * np.arange(shape[j]) + matrix[axis, 3], 5)       # centres meet exactly
-        outside.append(torch.from_numpy(np.flatnonzero((at < -0.5) | (at > n - 0.5))).to(volume.device))
-        at = at.clip(0, n - 1)
-        low = np.floor(at if order == 1 else at + 0.5).astype(np.int64).clip(0, n - 1)
-        part = volume.index_select(axis, torch.from_numpy(low).to(volume.device))
-        if order == 1 and (at != low).any():
-            high = torch.from_numpy((low + 1).clip(max=n - 1)).to(volume.device)
-            share = torch.from_numpy(at - low).to(volume).reshape([-1 if m == axis else 1 for m in range(3)])
-            part.lerp_(volume.index_select(axis, high), share)
-        volume = part
-    for axis, places in enumerate(outside):
-        volume.index_fill_(axis, places, fill)
-    names = dict(zip(owner.tolist(), "xyz"))
-    return rearrange(volume, f"x y z -> {names[0]} {names[1]} {names[2]}")
-
-
-# -------------------------------------------------------------------------------- 5. networks and losses
+# -------------------------------------------------------------------------------- 4. networks and losses
 
 def swin(cfg):
     """Arguments of the encoder."""
@@ -476,7 +439,7 @@ def _image(output, cfg):
     return output
 
 
-# ---------------------------------------------------------------------------------- 6. scores of a case
+# ---------------------------------------------------------------------------------- 5. scores of a case
 #
 # Each score: ready output of a case, scan, cfg, extra -> {grid: {metric: {part: number}}}. `extra` names what
 # a report wants beyond what chooses a checkpoint: "original", the scores of segmentation on the scan's own
@@ -576,7 +539,7 @@ def score_image(ready, scan, cfg, extra=()):
     return {"preprocessed": scores | {"data_range": {"used": reach}}}
 
 
-# ------------------------------------------------------------------------------------- 7. the four tasks
+# ------------------------------------------------------------------------------------- 6. the four tasks
 
 @dataclasses.dataclass
 class Task:
@@ -584,7 +547,7 @@ class Task:
     network: Callable               # cfg -> network
     loss: Callable                  # output, truth, cfg -> (); truth: a batch of data.Crops, moved
     ready: Callable                 # output, cfg -> probabilities, or the predicted image itself
-    score: Callable                 # as in 6.
+    score: Callable                 # as in 5.
     best: tuple                     # grid, metric, part whose largest mean over val chooses the checkpoint
 
 
@@ -600,7 +563,7 @@ TASKS = {
 }
 
 
-# ------------------------------------------------------------------- 8. predictions and scores of many cases
+# ------------------------------------------------------------------- 7. predictions and scores of many cases
 
 @torch.no_grad()
 def predict(network, scan, cfg, device):
@@ -612,7 +575,7 @@ def predict(network, scan, cfg, device):
         copies = [axes for n in range(4) for axes in itertools.combinations((2, 3, 4), n)]
     volume = torch.from_numpy(np.ascontiguousarray(scan.open())).float()[None]
     fill = rearrange(torch.from_numpy(scan.fill), "c -> c 1 1 1")   # each channel's own, as in training
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = cfg.bf16 and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
     def above_fill(x):
         return forward(network, x + fill.to(device), cfg)
@@ -649,12 +612,13 @@ def summarise(rows, cfg):
         for metric in scored:
             each = [row["scores"][grid][metric] for row in rows]
             parts = dict.fromkeys(part for scores in each for part in scores)
-            table[grid][metric] = {p: _summary([v.get(p, np.nan) for v in each]) for p in parts}
+            table[grid][metric] = {p: _summary([v.get(p, np.nan) for v in each], rows) for p in parts}
     return table
 
 
-def _summary(values):
-    mean, low, high = metrics.bootstrap_mean([v if np.isfinite(v) else np.nan for v in values])
+def _summary(values, rows):
+    values, subjects = np.array(values, float), [row.get("subject", row["id"]) for row in rows]
+    mean, low, high = metrics.bootstrap_mean(np.where(np.isinf(values), np.nan, values), 0, subjects)
     found = dict(mean=mean, low=low, high=high, cases=int(np.isfinite(values).sum()))
     if np.isinf(values).any():
         found["missed"] = int(np.isinf(values).sum())               # one of the two masks was empty
@@ -665,7 +629,7 @@ def _summarise_classes(rows, cfg):
     probabilities = np.array([list(row["scores"]["scans"]["probability"].values()) for row in rows])
     truth = np.array([row["scores"]["scans"]["class"]["true"] for row in rows])
     scores = metrics.classification_scores(probabilities, truth)
-    table = {"accuracy": {"all": _summary((probabilities.argmax(1) == truth).astype(float))}}
+    table = {"accuracy": {"all": _summary(probabilities.argmax(1) == truth, rows)}}
     for metric in ("balanced_accuracy", "majority_accuracy", "auc_mean"):
         table[metric] = {"all": dict(mean=scores[metric], cases=len(rows))}
     for metric in ("recall", "auc"):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import torch
 from einops import rearrange
 from scipy import ndimage
 
@@ -347,3 +348,57 @@ def resample(volume, affine, spacing, order):
 def stretch(volume, shape, order):
     """`volume` (x, y, z) on `shape` voxels that together cover the same space; order 1 linear, 0 nearest."""
     return ndimage.zoom(volume, np.array(shape) / volume.shape, order=order, mode="nearest", grid_mode=True)
+
+
+def to_original(array, affine_pre, affine_orig, shape_orig, order, fill=0):
+    """Bring a prediction from the preprocessed grid to the scan's own: undoes crop, spacing and orientation.
+
+    array     (x, y, z) or (k, x, y, z) on the preprocessed grid, numpy or tensor
+    affine_*  (4, 4) voxel -> mm of either grid;   shape_orig  (3,) voxels of the scan as stored
+    order     1: linear, for probabilities, class by class; 0: nearest, for ids
+    fill      value of voxels beyond the preprocessed grid (0 in all classes is class 0 by argmax)
+    returns   tensor (.., *shape_orig), the array's dtype (linear: float32 or wider); exact where centres meet
+
+    A voxel fills half a step to each side of its centre, so that the rim of a scan that was merely resampled
+    keeps its prediction; scipy and nibabel stop at the outermost centres. Beside the output it holds about
+    three volumes. Raises ValueError for another order or rank, and for grids that are rotated against each
+    other: by half a voxel at the far end and more; what rounded headers of a label add is left out."""
+    array = torch.as_tensor(array)
+    affine_pre, affine_orig = np.asarray(affine_pre, float), np.asarray(affine_orig, float)
+    if array.ndim not in (3, 4) or order not in (0, 1):
+        raise ValueError(f"to_original: expected (x, y, z) or (k, x, y, z) and order 0 or 1, "
+                         f"found {tuple(array.shape)}, {order}")
+    matrix = np.linalg.inv(affine_pre) @ affine_orig                # voxel of the scan -> voxel of the array
+    reach = np.abs(matrix[:3, :3]) * np.asarray(shape_orig)         # voxels from end to end of the scan
+    owner = reach.argmax(1)                                         # axis of the scan that each axis follows
+    if len(set(owner)) < 3 or (reach.sum(1) - reach.max(1) > 0.5).any():
+        raise ValueError(f"to_original: the grids are turned against each other: "
+                         f"{affine_pre.tolist()}, {affine_orig.tolist()}")
+    if order == 1:
+        array = array.to(torch.promote_types(array.dtype, torch.float32))
+    each = array if array.ndim == 4 else array[None]
+    out = torch.empty(len(each), *shape_orig, dtype=array.dtype, device=array.device)
+    for place, one in zip(out, each):
+        place.copy_(_resample(one, matrix, owner, shape_orig, order, fill))
+    return out if array.ndim == 4 else out[0]
+
+
+def _resample(volume, matrix, owner, shape, order, fill):
+    """Three one-dimensional interpolations: the grids' axes differ by order, sign, step and offset alone."""
+    outside = []
+    for axis, j in enumerate(owner):                                # axis of the array, axis j of the scan
+        n = volume.shape[axis]
+        at = np.round(matrix[axis, j] * np.arange(shape[j]) + matrix[axis, 3], 5)       # centres meet exactly
+        outside.append(torch.from_numpy(np.flatnonzero((at < -0.5) | (at > n - 0.5))).to(volume.device))
+        at = at.clip(0, n - 1)
+        low = np.floor(at if order == 1 else at + 0.5).astype(np.int64).clip(0, n - 1)
+        part = volume.index_select(axis, torch.from_numpy(low).to(volume.device))
+        if order == 1 and (at != low).any():
+            high = torch.from_numpy((low + 1).clip(max=n - 1)).to(volume.device)
+            share = torch.from_numpy(at - low).to(volume).reshape([-1 if m == axis else 1 for m in range(3)])
+            part.lerp_(volume.index_select(axis, high), share)
+        volume = part
+    for axis, places in enumerate(outside):
+        volume.index_fill_(axis, places, fill)
+    names = dict(zip(owner.tolist(), "xyz"))
+    return rearrange(volume, f"x y z -> {names[0]} {names[1]} {names[2]}")

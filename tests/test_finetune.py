@@ -37,6 +37,7 @@ import configs
 import data
 import evaluate
 import finetune
+import run as run_module
 import tasks
 from lab.phantom import IMAGES
 from model import UNETR, Classifier, from_monai
@@ -329,6 +330,41 @@ def test_a_run_goes_on_with_its_best_and_is_left_alone_when_finished(train, monk
         train(steps=6)
 
 
+def test_a_best_from_steps_that_are_done_again_stays_until_it_is_beaten(train, monkeypatch):
+    """.9 at step 4 is on disk, last.pt of step 3; then the run goes on with other scores."""
+    monkeypatch.setattr(finetune, "validate", mock.Mock(side_effect=[0.5, 0.9, OSError("power cut")]))
+    with pytest.raises(OSError, match="power cut"):
+        train(steps=6, save_every=3)
+    monkeypatch.setattr(finetune, "validate", mock.Mock(side_effect=[0.45, 0.95]))
+    said, run = train(steps=6, save_every=3)
+    assert "best.pt is of step 4, which this run does again, and scored 0.9000; it stays" in said
+    kept = opened(run / "best.pt")
+    assert (kept["step"], kept["score"], kept["chose"]) == (6, 0.95, ["2"]) and opened(run / "last.pt")["best"] == 0.95
+    assert said.count("best so far") == 1
+
+
+def test_a_run_goes_on_without_the_file_that_it_began_from(train, tmp_path):
+    encoder_file(tmp_path / "enc.pt")
+    said, _ = train(steps=2, init=str(tmp_path / "enc.pt"))
+    (tmp_path / "enc.pt").unlink()
+    assert "resumed from" in train(steps=4, init=str(tmp_path / "enc.pt"))[0]
+    with pytest.raises(SystemExit, match="no such file"):
+        train(steps=2, init=str(tmp_path / "enc.pt"), name="another")
+
+
+@pytest.mark.parametrize("key, value", [
+    ("seed", 1), ("batch", 2), ("val", ("1",)), ("label_fraction", 0.5), ("rotation", (0.0, 0.0, 1.0)), ("lr", 0.1),
+    ("feature_size", 8), ("positive", 0.1), ("flip", (0.3, 0.0, 0.0)), ("decay", 0.5), ("clip", 0.1), ("jitter_shift", (0.0, 0.1)),
+    ("window", (0.0, 9.0)), ("crops_per_case", 3), ("eval_every", 1), ("warmup", 0), ("balance", 0.1), ("freeze_encoder", True)])
+def test_a_run_depends_on_every_key_that_changes_a_number(tmp_path, key, value):
+    cfg = settings("demo_segmentation", finetune.Config, init="x")
+    assert getattr(cfg, key) != value
+    save(tmp_path / "last.pt", dict(config=dataclasses.asdict(cfg), step=1))
+    assert run_module.resume(tmp_path, cfg, finetune.FREE, print)["step"] == 1
+    with pytest.raises(SystemExit, match=f"belongs to another configuration: {key} was"):
+        run_module.resume(tmp_path, dataclasses.replace(cfg, **{key: value}), finetune.FREE, print)
+
+
 # ----------------------------------------------------------------------------------------------- steps
 
 def test_stops_at_the_first_non_finite_step_and_keeps_the_last_checkpoint(train, small):
@@ -476,6 +512,14 @@ def test_files_that_do_not_fit(refused, small, keys, change, text):
     (dict(balance=1.5), "balance = 1.5, expected 0 to 1"),
     (dict(balance=0.5, regions={"all": (1,)}), "balance acts on segmentation of `labels` alone"),
     (dict(blend="linear"), "blend = 'linear', expected 'gaussian' or 'constant'"),
+    (dict(windows=0), "windows = 0, data_range = 0.0: expected above 0"),
+    (dict(data_range=-1.0), "windows = 4, data_range = -1.0: expected above 0, and 0 or more"),
+    (dict(val_share=-0.5), "val_share = -0.5, test_share = 0.0, expected shares"),
+    (dict(labels={1: "kidney", 2: "kidney"}), "names ['kidney', 'kidney']: each must be another"),
+    (dict(labels={1: "mean", 2: "b"}), "names ['mean', 'b']: each must be another, and none 'mean'"),
+    (dict(labels={1: "a", "2": "b"}), "labels = {1: 'a', '2': 'b'}, regions = {}: expected {id: name}"),
+    (dict(regions={"WT": 1}), "labels = {1: 'one'}, regions = {'WT': 1}: expected {id: name}"),
+    (dict(val=(), fold=5, folds=5), "fold = 5, expected 0 to 4"),
 ])
 def test_keys_that_cannot_be(refused, keys, text):
     assert refused(keys).startswith(text)

@@ -189,6 +189,22 @@ def test_bootstrap_of_few_cases_and_of_gaps():
         metrics.bootstrap_mean(np.zeros((3, 2)))
 
 
+def test_bootstrap_of_subjects_with_several_cases_resamples_subjects():
+    values, owner = [0.0, 0.0, 0.0, 6.0, 3.0], list("aaabc")
+    mean, low, high = metrics.bootstrap_mean(values, 0, owner)
+    sums, counts = dict(a=0.0, b=6.0, c=3.0), dict(a=3, b=1, c=1)
+    means = np.sort([sum(sums[s] for s in d) / sum(counts[s] for s in d) for d in itertools.product("abc", repeat=3)])
+    assert mean == np.mean(values) and (low, high) == (means[0], means[-1])     # one draw of 27 is 3.7 %
+    alike = rng(0).normal(0, 1, 40).repeat(4)                       # four equal cases each: the interval of the 40
+    wide, narrow = (np.ptp(metrics.bootstrap_mean(alike, 0, s)[1:]) for s in (np.arange(40).repeat(4), None))
+    np.testing.assert_allclose(wide / narrow, 2, rtol=0.1)
+    assert metrics.bootstrap_mean(values, 3, list("abcde")) == metrics.bootstrap_mean(values, 3)
+    assert np.isnan(metrics.bootstrap_mean(values, 0, list("aaaaa"))[1:]).all()
+    with_gap = metrics.bootstrap_mean([*values, np.nan], 0, [*owner, "d"])
+    assert with_gap == (mean, low, high)
+    np.testing.assert_allclose(metrics.paired_difference(np.array(values) + 1, values, subjects=owner), 1)
+
+
 def test_paired_difference_sees_what_unpaired_means_hide():
     hard = rng(0).normal(0.6, 0.2, 12)                  # cases differ far more than models
     a, b = hard + 0.02 + rng(1).normal(0, 0.005, 12), hard.copy()

@@ -65,7 +65,7 @@ BACK = dict(array=np.eye(4)[None], affine_pre=np.eye(4), affine_orig=np.eye(4), 
     (dict(window=0), "window"), (dict(predict=lambda x: x[:, :, 1:]), "predict must return"),
     (dict(batch=0), "batch"),
     (dict(order=2), "order"), (dict(array=np.zeros((4, 4))), "expected"),
-    (dict(affine_orig=np.pad(TILT - np.eye(3), (0, 1)) + np.eye(4)), "turned")])
+    (dict(affine_orig=np.pad(TILT - np.eye(3), (0, 1)) + np.eye(4), shape_orig=(8, 8, 8)), "turned")])
 def test_sliding_window_and_to_original_refuse(change, text):
     back = set(change) <= set(BACK)
     with pytest.raises(ValueError, match=text) as error:
@@ -212,6 +212,27 @@ def test_shares_keep_the_mixture_of_classes_and_fractions_of_labels_are_nested(s
         assert [len(s) for s in (small, half, full)] == [4, 20, 40]
 
 
+def test_a_test_share_is_the_same_whatever_the_fold(split):
+    brats = "ASNR-MICCAI-BraTS2023-GLI-Challenge-TrainingData/BraTS-GLI-{0}/BraTS-GLI-{0}-{1}.nii.gz"
+    files = [brats.format(f"{k:05d}-000", channel) for k in range(30) for channel in ("t1n", "t2w")]
+    folds = [split("brats23_t1_to_t2", files, fold=fold, val_share=0.0) for fold in range(5)]
+    assert all(apart(parts) and ids(parts["test"]) == ids(folds[0]["test"]) for parts in folds)
+    chosen = [subject for parts in folds for subject in subjects(parts["val"])]
+    assert sorted(chosen) == sorted(subjects(folds[0]["train"] + folds[0]["val"])) and len(chosen) == 24
+    for fold, folds in ((5, 5), (1, 1), (0, 0)):
+        with pytest.raises(SystemExit, match=f"^fold = {fold}, expected 0 to {folds - 1} "):
+            split("brats23_t1_to_t2", fold=fold, folds=folds, val_share=0.0)
+
+
+def test_only_leaves_cases_out_of_every_part(split, tmp_path):
+    entries = [{"image": f"{k}.nii.gz", "label": f"{k}_l.nii.gz", "id": str(k)} for k in range(6)]
+    (tmp_path / "list.json").write_text(json.dumps({"training": entries[:4], "validation": entries[4:]}))
+    (tmp_path / "clean.csv").write_text("id\n1\n2\n5\n")
+    parts = split("btcv", image=(), label="", datalist="list.json", val_section="validation", val=(), only="clean.csv",
+                  table_key="{id}", case_key="{id}")
+    assert ids(parts["train"]) == ["1", "2"] and ids(parts["val"]) == ["5"]
+
+
 def test_cc_ccii_reports_the_scans_that_all_valid_lists_share(split, tmp_path):
     lay_cc_ccii(tmp_path)
     role = {f"{kind}_{patient}_{scan}": r for kind, patient, scan, r in CCII}
@@ -285,6 +306,87 @@ def test_a_perfect_prediction_scores_1_on_both_grids_and_is_the_label_file(organ
     scores = tasks.score_segmentation(perfect(scan, cfg), scan, cfg, ALL)
     assert set(scores["preprocessed"]["dice"].values()) == {1.0}
     assert 0.85 < scores["original"]["dice"]["mean"] < 1 and scores["original"]["dice"]["liver"] > 0.95
+
+
+def test_soft_probabilities_go_back_to_a_turned_scan_and_distances_are_in_its_mm(tmp_path, monkeypatch):
+    """PSR, anisotropic, scores that a plain last-above-background would paint wrongly; renamed ids."""
+    monkeypatch.setenv("S2DC_DATA", str(tmp_path))
+    shape, spacing = (14, 12, 10), (1.0, 2.0, 4.0)
+    label = np.zeros(shape, np.uint8)
+    label[3:8, 3:7, 2:6], label[8:11, 3:7, 2:6] = 1, 4
+    image = np.arange(np.prod(shape)).reshape(shape) / 100.0
+    for name, voxels in (("i", image), ("l", label)):
+        nifti(tmp_path / f"1_{name}.nii.gz", voxels, np.diag([*spacing, 1.0]), "PSR", np.float32)
+    cfg = settings("btcv", image="{id}_i.nii.gz", label="{id}_l.nii.gz", labels={1: "a", 2: "b", 3: "c"}, remap={4: 3},
+                   spacing=(), intensity="scale", window=(0.0, 20.0), foreground=-1.0, cache=str(tmp_path / "cache"))
+    (scan,) = data.open_scans(cfg, say=lambda *_: None)
+    soft = np.full((4, *shape), 0.1, np.float32)
+    soft[0] = 0.15
+    moved = np.zeros(shape, int)
+    moved[5:10, 3:7, 2:6], moved[8:11, 3:7, 2:6] = 1, 3             # 1 lies two voxels, 2 mm, further right
+    soft[1][moved == 1], soft[3][moved == 3] = 0.5, 0.4
+    soft[2][(moved == 1) | (moved == 3)] = 0.3                      # above the background, below the best
+    scores = tasks.score_segmentation(torch.from_numpy(soft), scan, cfg, ("original", "hd95"))
+    true = np.where(label == 4, 3, label)
+    for grid in ("preprocessed", "original"):
+        for k, name in ((1, "a"), (3, "c")):
+            a, b = moved == k, true == k
+            assert scores[grid]["dice"][name] == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
+        assert np.isnan(scores[grid]["dice"]["b"]) and scores[grid]["hd95"]["a"] == 2.0 and scores[grid]["hd95"]["c"] == 0
+
+
+def test_a_label_whose_header_is_rounded_is_scored(tmp_path, monkeypatch):
+    monkeypatch.setenv("S2DC_DATA", str(tmp_path))
+    label = np.zeros((40, 38, 36), np.uint8)
+    label[10:25, 10:25, 10:25] = 1
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(3e-4), -np.sin(3e-4)], [np.sin(3e-4), np.cos(3e-4)]]
+    nifti(tmp_path / "1_i.nii.gz", label * 50 + np.arange(36))
+    nifti(tmp_path / "1_l.nii.gz", label, turn, kind=np.uint8)
+    cfg = settings("btcv", image="{id}_i.nii.gz", label="{id}_l.nii.gz", labels={1: "a"}, spacing=(), foreground=-9.0,
+                   cache=str(tmp_path / "cache"))
+    (scan,) = data.open_scans(cfg, say=lambda *_: None)
+    scores = tasks.score_segmentation(perfect(scan, cfg), scan, cfg, ALL)
+    assert scores["original"]["dice"]["a"] == scores["preprocessed"]["dice"]["a"] == 1
+
+
+def test_prediction_is_by_the_task_and_by_the_keys(organs):
+    """Sigmoid of regions, softmax of labels; windows, overlap and blend as the config says."""
+    inferers = pytest.importorskip("monai.inferers")
+    (scan,), cfg = organs(("001",))
+    torch.manual_seed(0)
+    network, device = torch.nn.Conv3d(1, 2, 7, padding=3), torch.device("cpu")
+    regions = dict(labels={1: "a", 2: "b"}, regions={"all": (1, 2), "b": (2,)})
+    volume, fill = torch.from_numpy(np.ascontiguousarray(scan.open())).float()[None], float(scan.fill[0])
+    found = []
+    for keys, ready in ((dict(labels={1: "a"}), lambda x: x.softmax(1)), (regions, torch.sigmoid)):
+        for blend, overlap in (("gaussian", 0.5), ("constant", 0.5), ("gaussian", 0.0)):
+            own = dataclasses.replace(cfg, crop=(32, 32, 32), blend=blend, overlap=overlap, windows=3, **keys)
+            with torch.no_grad():
+                wanted = inferers.sliding_window_inference(volume - fill, (32, 32, 32), 2, lambda x: network(x + fill),
+                                                           overlap, mode=blend)
+            found.append(tasks.predict(network, scan, own, device))
+            torch.testing.assert_close(found[-1], ready(wanted)[0], rtol=0, atol=1e-4)
+    assert all((a - b).abs().max() > 1e-3 for a, b in itertools.combinations(found, 2))
+
+
+@pytest.mark.parametrize("name", ["demo_segmentation", "demo_classification", "demo_reconstruction", "demo_translation"])
+def test_the_better_predictions_choose(name):
+    """Of each task: rows that are better where it counts, and equal or worse in all else."""
+    cfg, nan = settings(name), np.nan
+    names = dict.fromkeys(["whole", "pasted", "tissue", "input"], 20.0)
+    counts = {"demo_reconstruction": "whole", "demo_translation": "tissue"}
+    if name == "demo_segmentation":
+        rows = [[dict(id=k, scores={"preprocessed": {"dice": dict(a=a, mean=a)}}) for k in range(2)] for a in (0.5, 0.6)]
+    elif name == "demo_classification":
+        guess = lambda p, true: dict(id="x", scores={"scans": {"probability": {"0": 1 - p, "1": p}, "class": {"true": true}}})
+        # three of four right by the majority alone, against two of three classes' recall
+        rows = [[guess(0.1, 0)] * 3 + [guess(0.1, 1)], [guess(0.1, 0)] * 2 + [guess(0.9, 0), guess(0.9, 1)]]
+    else:
+        good = counts[name]
+        rows = [[dict(id="x", scores={"preprocessed": {"psnr": names | other}})] for other in (
+            dict.fromkeys(set(names) - {good}, 30.0), {good: 21.0})]
+    assert tasks.main_score(rows[0], cfg) < tasks.main_score(rows[1], cfg)
 
 
 def test_hand_made_dice_and_absent_classes(scans):
