@@ -842,9 +842,9 @@ class Slabs(torch.utils.data.Dataset):
 
         returns cutout (c, x, y, z) float16, first voxel (3,) of the slab in the scan, `start`, and in the
         cutout, `offset`, H (4, 4) in slab coordinates, crop (3,) start of the crop of L_g in the slab and
-        chosen () its number, apart (n,) bool: which crops of V' show none of it, H_twin (4, 4) in crop
-        coordinates, valid and valid_ (t,) bool of tokens_of, fill (c,), draws (2, 5), seeds (2,) of the
-        changes (V', twin), id.
+        chosen () its number, apart (n,) bool: which crops of V' come from a crop's edge or more away, and
+        show none of it, or under turns a rim; H_twin (4, 4) in crop coordinates, valid, valid_ (t,) bool of
+        tokens_of, fill (c,), draws (2, 5), seeds (2,) of the changes (V', twin), id.
         """
         cfg, body = self.cfg, scan.body()
         size, crop, shape = np.array(cfg.slab), np.array(cfg.crop), np.array(scan.shape)

@@ -22,7 +22,7 @@ import configs
 import data
 import losses
 import run
-from model import Projector, Swin3D, WeightsError, load_weights
+from model import Projector, Swin3D, WeightsError, load_weights, read_file
 
 
 @dataclasses.dataclass
@@ -191,7 +191,7 @@ def others_of_step(keys, subjects, places, apart):
 
     keys (batch, n + 1, e) of all ranks: the crops of each V', 0 where none was made, and its twin at the end;
     subjects (batch,); of this pass's queries places (b,) in the batch, apart (b, n) bool: which crops of its
-    own V' show nothing of the query's crop -> negatives (batch (n + 1), e), allowed (b, batch (n + 1)) bool:
+    own V' lie apart from the query's crop -> negatives (batch (n + 1), e), allowed (b, batch (n + 1)) bool:
     nothing of the query's subject but those.
     """
     made = (keys != 0).any(dim=2)                                   # (batch, n + 1)
@@ -306,6 +306,10 @@ def open_scans(cfg, ranks, local, folder, first, say):
     if channels != cfg.in_channels:
         raise SystemExit(f"the scans have {channels} channels, in_channels = {cfg.in_channels}")
     check_fill(scans, cfg)
+    alone = len({scan.subject for scan in scans}) == 1 and cfg.slab == cfg.crop
+    if alone and cfg.weights[0] and cfg.negatives == "step":
+        raise SystemExit(f"negatives = 'step': all {len(scans)} scans are of one subject and a slab is one "
+                         "crop, which has no other to be told from; give a slab of several crops, or 'queue'")
     return scans, device
 
 
@@ -332,6 +336,19 @@ def build(cfg, device, new):
     return student, teacher, adamw(student, cfg), Queue(cfg.queue, cfg.embedding, device)
 
 
+def seen_so_far(scans, cfg, state, say):
+    """data.known_as of the scans, and of what a resumed run, or the file that a new one begins with, saw
+    before; a line where a run goes on with other scans."""
+    now = [data.known_as(file, cfg) for scan in scans for file in scan.case["images"]]
+    before = set((state or {}).get("seen", ()))
+    if before and ((new := sum(not each & before for each in now)) or len(scans) != state["scans"]):
+        say(f"the scans are not those that this run saw before: it had {state['scans']}, now {len(scans)}, "
+            f"{new} of their files are new")
+    if state is None and cfg.init:
+        before = set(read_file(cfg.init).get("seen", ()))
+    return sorted(before.union(*now))
+
+
 def restore(state, student, teacher, optimizer, queue):
     """What a resumed run takes from last.pt beside its step; the keys are those of save_state."""
     with run.of_this_version(state):
@@ -343,11 +360,12 @@ def restore(state, student, teacher, optimizer, queue):
         queue.count = state["queue_count"]
 
 
-def save_state(path, student, teacher, optimizer, queue, cfg, step):
-    """last.pt: what restore and run.resume read, and what model.load_weights asks of an encoder."""
+def save_state(path, student, teacher, optimizer, queue, cfg, step, seen=(), scans=0):
+    """last.pt: what restore and run.resume read, and what model.load_weights asks of an encoder; seen, scans:
+    of seen_so_far."""
     state = dict(student=student.state_dict(), teacher=teacher.state_dict(), optimizer=optimizer.state_dict(),
                  queue=queue.keys, queue_subjects=queue.subjects, queue_count=queue.count, step=step,
-                 config=dataclasses.asdict(cfg))
+                 config=dataclasses.asdict(cfg), seen=list(seen), scans=scans)
     run.save(path, state | dict(format="s2dc/pretrain", arguments=student.encoder.arguments,
                                 preprocessing=data.preprocessing(cfg)), keep=True)
 
@@ -428,8 +446,7 @@ def main(argv):
         + heading(cfg, scans, student, crop_grid, token_grid, ranks, first))
     lock = run.start_log(folder, cfg, first, origin) if rank == 0 else None
     # for the encoder's file, not for the log
-    files = [file for scan in scans for file in scan.case["images"]]
-    origin["seen"] = sorted(set().union(*(data.known_as(file, cfg) for file in files)))
+    origin["seen"] = seen_so_far(scans, cfg, state, say)
 
     sums, waited, counted = {}, 0.0, 0
     began = tick = time.time()
@@ -494,7 +511,8 @@ def main(argv):
             save_encoder(folder / f"encoder-{done}.pt", student, cfg, done, origin)
         if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
             save_encoder(folder / "encoder.pt", student, cfg, done, origin)
-            save_state(folder / "last.pt", student, teacher, optimizer, queue, cfg, done)
+            save_state(folder / "last.pt", student, teacher, optimizer, queue, cfg, done, origin["seen"],
+                       len(scans))
     say(f"{cfg.steps} steps in {run.clock(time.time() - began)}; encoder: {folder}/encoder.pt")
     del lock            # another process may train under this name now
     if ranks > 1:

@@ -582,6 +582,40 @@ def test_crops_without_body_pass_neither_network_and_change_nothing(place):
     assert pretrain.crops_seen(valid, dataclasses.replace(cfg, compile=True)).all()
 
 
+def test_no_key_of_ones_own_subject_from_anywhere_in_the_batch():
+    """Slabs 0 and 2 are of one person, 1 of another; three crops and a twin each."""
+    keys, subjects = torch.randn(3, 4, 5), torch.tensor([4, 7, 4])
+    apart = torch.tensor([[True, False, True], [False, True, False], [True, True, True]])
+    negatives, allowed = pretrain.others_of_step(keys, subjects, torch.arange(3), apart)
+    for b in range(3):
+        for key, ok in zip(negatives, allowed[b]):
+            (slab, crop), = (keys == key).all(2).nonzero().tolist()
+            expected = subjects[slab] != subjects[b] or (slab == b and crop < 3 and apart[b, crop])
+            assert ok == bool(expected), (b, slab, crop)
+
+
+def test_an_encoder_remembers_all_that_it_has_seen(place, capsys):
+    """Of a run that goes on with other scans, and of the file that a run begins with."""
+    cfg, at = config(place), lambda *names: [type("scan", (), dict(case=dict(images=[place / "data" / n]))) for n in names]
+    hashes = lambda *names: set().union(*(data.known_as(place / "data" / n, cfg) for n in names))
+    first = pretrain.seen_so_far(at("a", "b"), cfg, None, print)
+    assert set(first) == hashes("a", "b") and capsys.readouterr().out == ""
+    state = dict(seen=first, scans=2)
+    assert pretrain.seen_so_far(at("a", "b"), cfg, state, print) == first and capsys.readouterr().out == ""
+    assert set(pretrain.seen_so_far(at("b", "c"), cfg, state, print)) == hashes("a", "b", "c")
+    assert "it had 2, now 2, 1 of their files are new" in capsys.readouterr().out
+    assert set(pretrain.seen_so_far(at("b"), cfg, state, print)) == hashes("a", "b")
+    assert "it had 2, now 1, 0 of" in capsys.readouterr().out
+    torch.save(dict(format="s2dc/encoder", encoder={}, seen=first), place / "seen.pt")
+    begun = dataclasses.replace(cfg, init=str(place / "seen.pt"))
+    assert set(pretrain.seen_so_far(at("c"), begun, None, print)) == hashes("a", "b", "c")
+
+
+def test_one_subject_alone_has_nobody_to_be_told_from(place):
+    text = ends(within, place, argv(place, name="alone", scans="demo_ct/train/imagesTr/*_000.nii.gz"))
+    assert text.startswith("negatives = 'step': all 1 scans are of one subject") and not (place / "runs/alone").exists()
+
+
 def test_a_slab_that_the_scans_hardly_fill_is_refused(place):
     text = ends(within, place, argv(place, name="empty", slab=(384, 384, 96), crop=(96, 96, 96)))
     assert text.startswith("slab = (384, 384, 96): the scans, of median 60 x ") and "fill_share asks for 30%" in text

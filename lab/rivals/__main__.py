@@ -138,7 +138,8 @@ def save(folder, network, optimizer, plan, step, origin):
                                              arguments=whole.arguments, seen=origin["seen"],
                                              preprocessing=data.preprocessing(plan)), keep=True)
     state = dict(format="s2dc/rival", network=network.state_dict(), optimizer=optimizer.state_dict())
-    run.save(folder / "last.pt", state | dict(step=step, config=dataclasses.asdict(plan)), keep=True)
+    state |= dict(step=step, config=dataclasses.asdict(plan), seen=origin["seen"], scans=origin["scans"])
+    run.save(folder / "last.pt", state, keep=True)
 
 
 def report(line):
@@ -184,8 +185,7 @@ def main(argv):
     print(f"{origin['device']}, {len(scans)} scans")
     lock = run.start_log(folder, cfg, first, origin)
     # for the encoder's file, not for the log
-    files = [file for scan in scans for file in scan.case["images"]]
-    origin["seen"] = sorted(set().union(*(data.known_as(file, cfg) for file in files)))
+    origin |= dict(seen=pretrain.seen_so_far(scans, cfg, state, print), scans=len(scans))
     train(cfg, plan, folder, first, network, optimizer, batches, device, origin)
     del lock            # another process may train under this name now
 
