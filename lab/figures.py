@@ -217,8 +217,9 @@ def draw_plane(axes, shown, plane, point, volume, look, organ=None, mark=True):
 
 def scan_column(shown, point):
     """The scan as a column of draw_sheet, grey from the 1st to the 99.5th percentile of its slices."""
-    unit, (low, high) = "value (CT: HU)", shown.cfg.window
-    if shown.cfg.intensity == "zscore":
+    own = data.ruled(shown.scan.case, shown.cfg)
+    unit, (low, high) = "value (CT: HU)", own.window
+    if own.intensity == "zscore":
         unit, low, high = "z-score", 0, 1
     image = shown.scan.open()[0].astype(np.float32) * (high - low) + low
     slices = [evaluate.slice_through(plane, index_of(point, 1), image)[0] for plane in evaluate.PLANES]
@@ -402,7 +403,7 @@ def tsne(shown, file, scans):
     points = manifold.TSNE(2, perplexity=24, init="pca", random_state=cfg.seed).fit_transform(x[kept])
     scores = {}
     for metric in ("euclidean", "cosine"):                                 # Euclidean: as published
-        mean, each = probe.silhouette(x, y, metric, cfg.seed, cfg.probe_limit)
+        mean, each = probe.silhouette(x, y, metric, cfg.seed, len(y))      # of all
         scores[metric] = dict(mean=mean, mean_of_organs=metrics.mean(list(each.values())), organs=each)
     return dict(points=points.round(3), organ=y[kept], scan=n[kept], tokens=counts, silhouette=scores)
 
@@ -572,8 +573,12 @@ def draw_curves(cfg, out):
         raise NoFigure(f"{path} holds no logged step")
     metric = next((line["metric"] for line in lines if "metric" in line), "")
     panels = [panel for panel in PANELS if set(panel[2]) & set(curves)]
-    figure = new_figure(9, 6, f"{cfg.name}, {lines[-1]['step']} steps")
-    for axes, (title, unit, keys) in zip(figure.subplots(2, 2).flat, panels):
+    columns, last = 2 if len(panels) <= 4 else 3, max(steps[-1] for steps, _ in curves.values())
+    figure = new_figure(9, 6, f"{cfg.name}, {last} steps")
+    places = figure.subplots(2, columns).flat
+    for axes in places[len(panels):]:
+        axes.axis("off")
+    for axes, (title, unit, keys) in zip(places, panels):
         for (key, label), (colour, dash) in zip(keys.items(), STROKES):
             if key in curves:
                 marker = "." if len(curves[key][0]) < 40 else ""

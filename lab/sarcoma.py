@@ -33,7 +33,7 @@ from scipy import ndimage
 
 from configs import replacing
 from metrics import dice_regions
-from run import write_json
+from run import program, write_json
 from volumes import VolumeError, read_stored, spacing_of, stretch
 
 FILES = {"ct": "CT", "t1": "MR_T1", "pet": "PET"}       # modality: how the source names its files
@@ -327,4 +327,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -21,7 +21,8 @@ pytest.importorskip("matplotlib")
 P = 8                                       # voxels of a patch; of the scans' 60 a half is left over
 PRETRAINED = [dict(torch="x", resumed=0)]
 PRETRAINED += [{"step": s, "loss": 9 / s, "global": 1 / s, "p2p": 5 / s, "p2s": 3 / s, "accuracy": s / 50,
-                "spread": 0.9, "lr": 1e-3} for s in (5, 10, 15)]
+                "spread": 0.9, "lr": 1e-3, "grad_norm": 2.0} for s in (5, 10, 15)]
+PRETRAINED += [dict(torch="x", resumed=15)]             # it goes on, and has not logged yet
 TUNED = [dict(torch="x"), dict(step=2, loss=3.0, lr=1e-3, grad_norm=2.0),
          dict(step=2, val=0.4, metric="dice mean"), dict(step=4, loss=2.0, lr=1e-4, grad_norm=1.0)]
 
@@ -319,14 +320,18 @@ def test_evolution_takes_the_kept_steps_once(read, files):
 
 
 @pytest.mark.parametrize("lines, expected", [
-    (PRETRAINED, {key: [[5, 10, 15], [line[key] for line in PRETRAINED[1:]]]
-                  for key in ("loss", "global", "p2p", "p2s", "accuracy", "spread", "lr")}),
+    (PRETRAINED, {key: [[5, 10, 15], [line[key] for line in PRETRAINED[1:4]]]
+                  for key in ("loss", "global", "p2p", "p2s", "accuracy", "spread", "lr", "grad_norm")}),
     (TUNED, {"loss": [[2, 4], [3.0, 2.0]], "val": [[2], [0.4]], "lr": [[2, 4], [1e-3, 1e-4]],
              "grad_norm": [[2, 4], [2.0, 1.0]]})], ids=["pretrained", "tuned"])
-def test_curves_are_the_log(folder, tmp_path, lines, expected):
+def test_curves_are_the_log(folder, tmp_path, monkeypatch, lines, expected):
+    Axes = pytest.importorskip("matplotlib.axes").Axes
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, *a, **k: drawn.append((x, y)) or plot(self, x, y, *a, **k))
     write_log(tmp_path / "f/log.jsonl", lines, '{"step": 20, "lo')        # a run is writing
     argv = f"--runs={tmp_path}", "--name=f", "--image=none.nii"           # no scan is needed
     assert draw(folder, "curves", *argv)("curves")["curves"] == expected
+    assert sorted(map(str, map(list, drawn))) == sorted(map(str, expected.values()))       # each is in the picture
 
 
 def test_pictures_do_not_change_from_call_to_call(folder):
