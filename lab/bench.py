@@ -340,9 +340,11 @@ def write_scans(folder, count, shape=(512, 512, 200)):
 
 
 def loading(count=6):
-    """A slab and its moved copy, as a worker makes them, beside a MONAI pipeline: ours cuts a slab with what
-    lies around it out of the cache, and moves it on the device ("views too")."""
+    """A slab and its moved copies beside a MONAI pipeline, without and with its own caches, on disk and in
+    memory: ours cuts a slab with what lies around it out of the cache, and moves it on the device. All caches
+    are filled before."""
     from monai import transforms as T
+    from monai.data import CacheDataset, PersistentDataset
     with tempfile.TemporaryDirectory() as folder:
         write_scans(Path(folder), 2)
         cfg = pretrain.Config(data=folder, scans="*.nii.gz", cache=f"{folder}/cache", batch=1, workers=2)
@@ -357,15 +359,20 @@ def loading(count=6):
             T.RandAffined("moved", prob=1, rotate_range=(0, 0, 0.5), translate_range=24,
                           padding_mode="border"),
             T.RandShiftIntensityd("moved", 0.1, prob=0.1)])
-        files = [dict(image=f"{folder}/scan{k % 2}.nii.gz") for k in range(count)]
+        files = [dict(image=f"{folder}/scan{k}.nii.gz") for k in range(2)]
+        disk = PersistentDataset(files, peer, cache_dir=f"{folder}/peer")
+        memory = CacheDataset(files, peer, num_workers=1, progress=False)
 
         def cut(views):
             for k in range(count):
                 batch = pretrain.assemble([slabs[k, 0]], (12, 12, 3), 32)
                 if views:
                     data.views(run.to_device(batch, DEVICE), cfg)
-        compare(f"{count} slabs", {"ours": partial(cut, False), "ours, views too": partial(cut, True),
-                                   "MONAI": lambda: [peer(file) for file in files]}, 1)
+        compare(f"{count} slabs with their moved copies", {
+            "ours": partial(cut, True), "MONAI": lambda: [peer(files[k % 2]) for k in range(count)],
+            "MONAI, PersistentDataset": lambda: [disk[k % 2] for k in range(count)],
+            "MONAI, CacheDataset": lambda: [memory[k % 2] for k in range(count)]})
+        compare(f"{count} slabs, cut alone", {"ours": partial(cut, False)})
         for workers in (1, 2):
             steps = [[(step, 0)] for step in range(2 * count)]
             loader = DataLoader(slabs, batch_sampler=steps, num_workers=workers, collate_fn=data.collate)
