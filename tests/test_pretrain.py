@@ -611,6 +611,20 @@ def test_an_encoder_remembers_all_that_it_has_seen(place, capsys):
     assert set(pretrain.seen_so_far(at("c"), begun, None, print)) == hashes("a", "b", "c")
 
 
+FAST = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@pytest.mark.skipif(not FAST, reason="this CPU multiplies no bfloat16")
+def test_a_step_in_bfloat16_is_the_same_to_its_digits(place):
+    found = {}
+    for fast in (False, True):
+        within(place, argv(place, name=f"bf16_{fast}", steps=1, warmup=1, bf16_cpu=fast))
+        found[fast] = json.loads((place / f"runs/bf16_{fast}/log.jsonl").read_text().splitlines()[-1])
+    for term in (*TERMS, "grad_norm", "spread"):
+        assert found[True][term] == pytest.approx(found[False][term], rel=0.05), term
+    assert found[True]["p2p"] != found[False]["p2p"] and found[True]["matches"] == found[False]["matches"]
+
+
 def test_one_subject_alone_has_nobody_to_be_told_from(place):
     text = ends(within, place, argv(place, name="alone", scans="demo_ct/train/imagesTr/*_000.nii.gz"))
     assert text.startswith("negatives = 'step': all 1 scans are of one subject") and not (place / "runs/alone").exists()
