@@ -133,13 +133,7 @@ def split_cases(cfg):
     elif cfg.fold >= 0 and any("fold" in case for case in everyone):
         _move(parts, "val", {case["id"] for case in everyone if case.get("fold") == cfg.fold})
     elif cfg.fold >= 0:
-        if cfg.fold >= cfg.folds:
-            raise SystemExit(f"fold = {cfg.fold}, expected 0 to {cfg.folds - 1} (folds = {cfg.folds})")
-        if cfg.test_share and "test" not in parts:                  # of all: the same whatever the fold
-            _move(parts, "test", _share(parts["train"], cfg.test_share, "test", cfg))
-            everyone = parts["train"]
-        subjects = sorted({case["subject"] for case in everyone})[cfg.fold::cfg.folds]
-        _move(parts, "val", {case["id"] for case in everyone if case["subject"] in subjects})
+        _move_fold(parts, everyone, cfg)
     for part, share in (("test", cfg.test_share), ("val", cfg.val_share)):
         if share and part not in parts:
             _move(parts, part, _share(parts["train"], share, part, cfg))
@@ -158,6 +152,17 @@ def split_cases(cfg):
 def _move(parts, part, ids):
     parts[part] = [case for case in parts["train"] if case["id"] in ids]
     parts["train"] = [case for case in parts["train"] if case["id"] not in ids]
+
+
+def _move_fold(parts, everyone, cfg):
+    """Every cfg.folds-th subject of `everyone` chooses; a drawn test is drawn before: the same for all folds."""
+    if cfg.fold >= cfg.folds:
+        raise SystemExit(f"fold = {cfg.fold}, expected 0 to {cfg.folds - 1} (folds = {cfg.folds})")
+    if cfg.test_share and "test" not in parts:
+        _move(parts, "test", _share(parts["train"], cfg.test_share, "test", cfg))
+        everyone = parts["train"]
+    subjects = sorted({case["subject"] for case in everyone})[cfg.fold::cfg.folds]
+    _move(parts, "val", {case["id"] for case in everyone if case["subject"] in subjects})
 
 
 def _named(cases, which, cfg):

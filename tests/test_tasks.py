@@ -373,7 +373,7 @@ def test_prediction_is_by_the_task_and_by_the_keys(organs):
 @pytest.mark.parametrize("name", ["demo_segmentation", "demo_classification", "demo_reconstruction", "demo_translation"])
 def test_the_better_predictions_choose(name):
     """Of each task: rows that are better where it counts, and equal or worse in all else."""
-    cfg, nan = settings(name), np.nan
+    cfg = settings(name)
     names = dict.fromkeys(["whole", "pasted", "tissue", "input"], 20.0)
     counts = {"demo_reconstruction": "whole", "demo_translation": "tissue"}
     if name == "demo_segmentation":
