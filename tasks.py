@@ -155,7 +155,7 @@ def _move(parts, part, ids):
 
 
 def _move_fold(parts, everyone, cfg):
-    """Every cfg.folds-th subject of `everyone` chooses; a drawn test is drawn before: the same for all folds."""
+    """Every cfg.folds-th subject of `everyone` chooses; a drawn test is drawn before, one for all folds."""
     if cfg.fold >= cfg.folds:
         raise SystemExit(f"fold = {cfg.fold}, expected 0 to {cfg.folds - 1} (folds = {cfg.folds})")
     if cfg.test_share and "test" not in parts:
