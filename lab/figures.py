@@ -586,9 +586,9 @@ def draw_curves(cfg, out):
         axes.set(title=title, xlabel="step", ylabel=metric if title == "validation" else unit)
         axes.grid(color="0.9")
         if "p2p" in keys and "p2p" in curves:
-            axes.legend(ncols=4, loc="upper center")
+            axes.legend(ncols=2 if columns == 3 else 4, loc="upper center")
         if title != "validation":
-            axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
+            axes.set_ylim(0, (1.3 if "p2p" in keys else 1.15) * axes.get_ylim()[1])     # above: the legend
     figure.savefig(out / "curves.png")
     run.write_json(out / "curves.json", dict(log=str(path), curves=curves))
     return [out / "curves.png"]
