@@ -356,7 +356,7 @@ def compare(results, cfg):
         else:
             values[name] = [case[metric].get(part, np.nan) for case in scores]
     lines, (first, *others) = [], values
-    subjects = [row.get("subject", row["id"]) for row in results[first]["rows"]]
+    subjects = [row["subject"] for row in results[first]["rows"]]
     for name in others:
         scale, unit = (100, " points") if metric in PERCENT else (1, "")
         a, b = np.array(values[name]), np.array(values[first])
@@ -381,6 +381,7 @@ def restore(path, cfg, device, subjects=()):
     """
     try:
         network = tasks.TASKS[cfg.task].network(cfg)
+        network.chose = set()
         report = load_weights(network, path, cfg.downsample)
         stored = read_file(path)
     except ValueError as error:                                     # a WeightsError is one, too
@@ -392,10 +393,9 @@ def restore(path, cfg, device, subjects=()):
             reordered = key == "regions" and theirs == ours and list(theirs) != list(ours)
             if theirs != ours or reordered:                         # the channels follow the order of regions
                 raise SystemExit(f"{path}: trained with {key} = {theirs!r}, the config has {ours!r}")
-        seen = sorted(set(subjects) & set(stored.get("subjects", ())))
-        if then.get("dataset") == cfg.dataset:
-            network.chose = set(subjects) & set(stored.get("chose", ()))
-        if seen and then.get("dataset") == cfg.dataset:
+        own = set(subjects) if then.get("dataset") == cfg.dataset else set()
+        network.chose = own & set(stored.get("chose", ()))
+        if seen := sorted(own & set(stored.get("subjects", ()))):
             raise SystemExit(f"{path}: {len(seen)} {cfg.part} subjects trained it: {', '.join(seen[:4])}; "
                              "give the split of its training (val, test, fold, ..), or --part=train")
     lost = [r for r in report["reasons"].values() if "outputs" in r]
@@ -413,7 +413,7 @@ def restore(path, cfg, device, subjects=()):
 
 def choosers(networks, scans):
     """A remark on how many of the scans chose one of the checkpoints, as under another split."""
-    chose = set().union(*(getattr(network, "chose", ()) for network in networks.values()))
+    chose = set().union(*(network.chose for network in networks.values()))
     count = sum(scan.subject in chose for scan in scans)
     return f" ({count} of them chose a checkpoint)" if count else ""
 

@@ -208,7 +208,7 @@ def checkpoint(network, cfg, step, score, subjects, origin):
     origin["chose"]: whose scores made it the best, so that evaluate.py says so where it reports them."""
     return dict(format="s2dc/finetune", model=network.state_dict(), arguments=network.arguments,
                 preprocessing=data.preprocessing(cfg), task=cfg.task, step=step, score=score,
-                subjects=subjects, chose=origin.get("chose", []), config=dataclasses.asdict(cfg),
+                subjects=subjects, chose=origin["chose"], config=dataclasses.asdict(cfg),
                 commit=origin["commit"], torch=origin["torch"])
 
 

@@ -207,7 +207,7 @@ def bootstrap_mean(values, seed=0, subjects=None):
 
 def paired_difference(a, b, seed=0, subjects=None):
     """Mean of a - b over the cases that both scored, and its interval, as `bootstrap_mean`.
-    a, b (m,): one number per case, the same cases in the same order; above 0: a is larger."""
+    a, b (m,): one number per case, the same cases in the same order; above 0: a is larger; subjects (m,)."""
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape:
         found = f"{a.shape} and {b.shape}"

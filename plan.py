@@ -113,6 +113,7 @@ def modality_of(samples):
     values = f"values from {least:.4g} to {largest:.4g}"
     if least <= -500:
         return "CT", f"{values}: Hounsfield units", ""
+    # noise and interpolation push MRI and PET a little below 0, z-scores lie within some tens
     if least < -20 and least < -0.02 * largest and largest > 100:
         return "CT", values, "CT cut off below? Of MRI or PET, intensity and foreground would be wrong"
     unsure = [f"PET or MRI: the tail of {tail:.1f} is near the border of 2.2"] if 1.7 < tail < 2.8 else []

@@ -306,11 +306,15 @@ def open_scans(cfg, ranks, local, folder, first, say):
     if channels != cfg.in_channels:
         raise SystemExit(f"the scans have {channels} channels, in_channels = {cfg.in_channels}")
     check_fill(scans, cfg)
+    return scans, device
+
+
+def check_subjects(scans, cfg):
+    """Refuse an L_g whose crops have no other to be told from: its loss would be 0, its top-1 1."""
     alone = len({scan.subject for scan in scans}) == 1 and cfg.slab == cfg.crop
     if alone and cfg.weights[0] and cfg.negatives == "step":
         raise SystemExit(f"negatives = 'step': all {len(scans)} scans are of one subject and a slab is one "
                          "crop, which has no other to be told from; give a slab of several crops, or 'queue'")
-    return scans, device
 
 
 def adamw(network, cfg):
@@ -430,6 +434,7 @@ def main(argv):
         return
     say(configs.differing(cfg))
     scans, device = open_scans(cfg, ranks, local, folder, first, say)
+    check_subjects(scans, cfg)
     student, teacher, optimizer, queue = build(cfg, device, new=state is None)
     if state is not None:
         restore(state, student, teacher, optimizer, queue)

@@ -617,24 +617,24 @@ def summarise(rows, cfg):
         for metric in scored:
             each = [row["scores"][grid][metric] for row in rows]
             parts = dict.fromkeys(part for scores in each for part in scores)
-            table[grid][metric] = {p: _summary([v.get(p, np.nan) for v in each], rows) for p in parts}
+            table[grid][metric] = {p: _summary([v.get(p, np.nan) for v in each], rows, metric) for p in parts}
     return table
 
 
-def _summary(values, rows):
-    values, subjects = np.array(values, float), [row.get("subject", row["id"]) for row in rows]
-    mean, low, high = metrics.bootstrap_mean(np.where(np.isinf(values), np.nan, values), 0, subjects)
-    found = dict(mean=mean, low=low, high=high, cases=int(np.isfinite(values).sum()))
-    if np.isinf(values).any():
-        found["missed"] = int(np.isinf(values).sum())               # one of the two masks was empty
-    return found
+def _summary(values, rows, metric):
+    values = np.array(values, float)
+    missed = np.isinf(values) & (metric == "hd95")                  # one of the two masks was empty
+    values[missed] = np.nan
+    mean, low, high = metrics.bootstrap_mean(values, 0, [row["subject"] for row in rows])
+    found = dict(mean=mean, low=low, high=high, cases=int((~np.isnan(values)).sum()))
+    return found | ({"missed": int(missed.sum())} if missed.any() else {})
 
 
 def _summarise_classes(rows, cfg):
     probabilities = np.array([list(row["scores"]["scans"]["probability"].values()) for row in rows])
     truth = np.array([row["scores"]["scans"]["class"]["true"] for row in rows])
     scores = metrics.classification_scores(probabilities, truth)
-    table = {"accuracy": {"all": _summary(probabilities.argmax(1) == truth, rows)}}
+    table = {"accuracy": {"all": _summary(probabilities.argmax(1) == truth, rows, "accuracy")}}
     for metric in ("balanced_accuracy", "majority_accuracy", "auc_mean"):
         table[metric] = {"all": dict(mean=scores[metric], cases=len(rows))}
     for metric in ("recall", "auc"):

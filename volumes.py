@@ -292,7 +292,8 @@ def one_line(error):
 
 
 def on_grid_of(first, shape, first_affine, path, voxels, affine):
-    """The voxels as RAS+; VolumeError where they do not lie on the grid of the case's first file."""
+    """The voxels (x, y, z) of a file with this affine (4, 4) as RAS+; VolumeError where they do not lie on
+    the grid, `shape` and first_affine in RAS+, of the case's first file."""
     voxels, affine = to_ras(voxels, affine)
     if voxels.shape != shape:
         raise VolumeError(f"{path}: shape {voxels.shape} (RAS), but {Path(first).name} has {shape}")
@@ -304,8 +305,9 @@ def on_grid_of(first, shape, first_affine, path, voxels, affine):
 
 
 def label_ids(path, label, cfg):
-    """A class map as uint8 or int16 with the ids of cfg.labels, those of the file renamed by cfg.remap;
-    VolumeError where it holds others. What a slope in the header adds to whole numbers is rounded away."""
+    """A class map (x, y, z) as uint8 or int16 with the ids of cfg.labels, those of the file renamed by
+    cfg.remap. What a slope in the header adds to whole numbers, up to 0.001, is rounded away. VolumeError
+    where it holds others, SystemExit where labels and remap do not fit each other."""
     if not all(type(v) is int for v in [*cfg.remap, *cfg.remap.values(), *cfg.labels]):
         raise SystemExit(f"labels = {cfg.labels}, remap = {cfg.remap}: expected whole numbers as in "
                          "labels = {1: 'liver'}, remap = {255: 1}")

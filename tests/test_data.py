@@ -748,8 +748,8 @@ def test_label_ids_are_renamed_checked_and_kept(tmp_path):
 
 
 @pytest.mark.parametrize("kind, stored, remap", [
-    (np.uint16, (0, 1, 65535), {65535: 2}),                         # no int16: was renamed after it was cast
-    (np.int32, (0, 1, 65537), {65537: 2}), (np.int16, (0, 1, -255), {-255: 2}),     # .. and would be 1 there
+    (np.uint16, (0, 1, 65535), {65535: 2}),                         # as int16 it is -1
+    (np.int32, (0, 1, 65537), {65537: 2}), (np.int16, (0, 1, -255), {-255: 2}),     # .. as uint8 these are 1
     (np.int16, (-1, 1, 2), {-1: 0, 0: 0}), (np.int32, (0, 1, 1 << 23), {1 << 23: 2})])
 def test_ids_that_fit_no_label_are_renamed_as_told(tmp_path, kind, stored, remap):
     image = nifti(tmp_path / "a.nii.gz", noise(8, 9, 10), np.eye(4))

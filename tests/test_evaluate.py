@@ -105,7 +105,7 @@ def checkpoint_file(path, cfg, seed, subjects=(), **other):
     network = tasks.TASKS[cfg.task].network(cfg)
     for p in network.parameters():                          # untrained outputs hardly differ
         p.data *= 1.5
-    state = finetune.checkpoint(network, cfg, 0, 0.0, list(subjects), run.versions())
+    state = finetune.checkpoint(network, cfg, 0, 0.0, list(subjects), run.versions() | {"chose": []})
     save(path, state | dict(config=state["config"] | other))
     return network.eval()
 

@@ -377,14 +377,14 @@ def test_the_better_predictions_choose(name):
     names = dict.fromkeys(["whole", "pasted", "tissue", "input"], 20.0)
     counts = {"demo_reconstruction": "whole", "demo_translation": "tissue"}
     if name == "demo_segmentation":
-        rows = [[dict(id=k, scores={"preprocessed": {"dice": dict(a=a, mean=a)}}) for k in range(2)] for a in (0.5, 0.6)]
+        rows = [[dict(id=k, subject=k, scores={"preprocessed": {"dice": dict(a=a, mean=a)}}) for k in range(2)] for a in (0.5, 0.6)]
     elif name == "demo_classification":
-        guess = lambda p, true: dict(id="x", scores={"scans": {"probability": {"0": 1 - p, "1": p}, "class": {"true": true}}})
+        guess = lambda p, true: dict(id="x", subject="x", scores={"scans": {"probability": {"0": 1 - p, "1": p}, "class": {"true": true}}})
         # three of four right by the majority alone, against two of three classes' recall
         rows = [[guess(0.1, 0)] * 3 + [guess(0.1, 1)], [guess(0.1, 0)] * 2 + [guess(0.9, 0), guess(0.9, 1)]]
     else:
         good = counts[name]
-        rows = [[dict(id="x", scores={"preprocessed": {"psnr": names | other}})] for other in (
+        rows = [[dict(id="x", subject="x", scores={"preprocessed": {"psnr": names | other}})] for other in (
             dict.fromkeys(set(names) - {good}, 30.0), {good: 21.0})]
     assert tasks.main_score(rows[0], cfg) < tasks.main_score(rows[1], cfg)
 
@@ -419,12 +419,14 @@ def test_regions_overlap_and_are_painted_so_that_none_is_lost(scans, tmp_path):
 
 def test_summary_is_the_mean_over_cases_with_its_bootstrap_interval():
     cfg = settings("msd_liver")
-    rows = [dict(id=k, scores={"original": {"dice": dict(liver=a, tumour=b), "hd95": dict(liver=c)}})
+    rows = [dict(id=k, subject=k, scores={"original": {"dice": dict(liver=a, tumour=b), "hd95": dict(liver=c)}})
             for k, (a, b, c) in enumerate([(0.2, np.nan, 3.0), (0.6, 0.5, np.inf)])]
     dice, hd95 = (tasks.summarise(rows, cfg)["original"][metric] for metric in ("dice", "hd95"))
     # of two cases a quarter of the draws is twice the first, a quarter twice the second
     assert dice["liver"] == pytest.approx(dict(mean=0.4, low=0.2, high=0.6, cases=2))
     assert dice["tumour"]["mean"] == 0.5 and dice["tumour"]["cases"] == 1 and np.isnan(dice["tumour"]["low"])
+    perfect = [dict(id=k, subject=k, scores={"preprocessed": {"psnr": dict(whole=v)}}) for k, v in enumerate((np.inf, 20.0))]
+    assert tasks.summarise(perfect, cfg)["preprocessed"]["psnr"]["whole"]["mean"] == np.inf     # left in
     assert hd95["liver"]["mean"] == 3.0 and hd95["liver"]["missed"] == 1 and hd95["liver"]["cases"] == 1
 
 
