@@ -590,7 +590,9 @@ def test_gvsl_starts_without_a_move_and_its_loss_has_three_parts(batch):
         damaged, _ = contrast.painted(found["V"], dice())
         out = network.network.out(contrast.decoded(network.network, network.encoder(damaged))[-1])
     assert measures["misplaced"].item() == pytest.approx(1, abs=1e-5)
-    ncc = contrast.local_ncc(found["V_"], found["V"])
+    left = torch.eye(4) + (found["H"].float() - torch.eye(4)) / 3
+    near = data.warp(found["V_"], left @ torch.linalg.inv(found["H"].float()), found["V"].shape[2:])
+    ncc = contrast.local_ncc(near, found["V"])
     restored = F.mse_loss(out, found["V"])
     assert loss.item() == pytest.approx((1 - ncc + restored).item(), rel=1e-4)      # a field of zeros is smooth
 
@@ -602,6 +604,40 @@ def test_gvsl_starts_without_a_move_and_its_loss_has_three_parts(batch):
         loss, measures = network(found, dice())
     rough = loss - (1 - measures["ncc"]) - restored
     assert rough.item() == pytest.approx((0.03 ** 2 + 0.02 ** 2 + 0.01 ** 2) / 3, rel=0.01)
+
+
+def test_gvsl_has_a_third_of_the_move_left(batch, monkeypatch):
+    """With that matrix, written out, V_ moved back lies on V; half of it is half way, for small turns."""
+    found, cfg, _ = batch
+    torch.manual_seed(0)
+    network = contrast.GVSL(cfg).eval()
+    swap, unit = torch.eye(4, dtype=torch.float64)[[2, 1, 0, 3]], torch.eye(4, dtype=torch.float64)
+    size = torch.tensor(found["V"].shape[2:]).double()
+    unit[:3, :3], unit[:3, 3] = torch.diag(2 / size), 1 / size - 1  # voxels -> [-1, 1], axes x y z
+    still = torch.eye(4, dtype=torch.float64)
+    seen = []
+    for share in (0.0, 0.5, 1.0):
+        H = still + share / 3 * (found["H"].double() - still)
+        matrix = (swap @ unit @ H @ torch.linalg.inv(unit) @ swap)[:, :3].float()
+        monkeypatch.setattr(network, "matrix", lambda a, b: matrix)
+        with torch.no_grad():
+            seen.append(network(found, dice())[1])
+    assert [m["misplaced"].item() for m in seen] == pytest.approx([1, 0.5, 0], abs=1e-4)
+    assert seen[0]["ncc"] < seen[1]["ncc"] < seen[2]["ncc"]
+
+
+def test_gvsl_answers_a_swapped_pair_with_the_move_reversed(batch):
+    """So no answer fits all pairs, and a pair of equal maps has no move."""
+    _, cfg, _ = batch
+    torch.manual_seed(0)
+    network = contrast.GVSL(cfg)
+    network.affine.weight.data.normal_()
+    a, b = (torch.randn(3, 16 * cfg.feature_size, 2, 2, 2, generator=dice(k)) for k in (0, 1))
+    still = torch.eye(3, 4)
+    with torch.no_grad():
+        there, back, none = network.matrix(a, b) - still, network.matrix(b, a) - still, network.matrix(a, a) - still
+    torch.testing.assert_close(there, -back, atol=1e-6, rtol=1e-4)
+    assert none.abs().max() < 1e-6 < there.std(dim=0).min() and there.abs().max() < 0.75
 
 
 def test_gvsl_learns_the_same_in_bfloat16(batch):
