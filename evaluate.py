@@ -280,6 +280,7 @@ PERCENT = ("dice", "dice_of_positive", "accuracy", "balanced_accuracy", "majorit
 NOTES = {
     "dice": "%, mean over cases; a class absent from truth and prediction is left out; "
             "`mean`: per case over its classes",
+    "mae": "lower is better; in the unit of the file, or in standard deviations where images are z-scored",
     "hd95": "mm, lower is better; cases where one of the two masks is empty are left out and "
             "counted as missed"}
 

@@ -1,4 +1,4 @@
-"""What a prediction is worth: Dice, Hausdorff, lesion volumes, PSNR, SSIM, NMSE, AUC; means and intervals.
+"""What a prediction is worth: Dice, Hausdorff, lesion volumes, PSNR, SSIM, NMSE, MAE, AUC; means, intervals.
 
 Pure functions on numpy arrays or CPU tensors. Axis letters: k class, r region, x y z voxels, n cases.
 """
@@ -121,6 +121,12 @@ def ssim(prediction, target, data_range, window=7):
         score = (2 * mu_a * mu_b + c1) * (2 * cov + c2) / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))
         total, count = total + score.sum(), count + score.size
     return float(total / count)
+
+
+def mae(prediction, target):
+    """Mean absolute error, in the unit of both, which have one shape; 0 for equal images."""
+    p, t = _pair("mae", prediction, target)
+    return float(np.mean(np.abs(np.subtract(p, t, dtype=np.float64))))
 
 
 def nmse(prediction, target):

@@ -247,3 +247,8 @@ def test_scans_of_one_person_are_of_one_subject(tmp_path, name, file, subject):
         except SystemExit:
             pass
     assert [case["subject"] for case in found] == [subject]
+
+
+def test_sarcoma_pairs_are_scored_on_test_patients_alone():
+    cfg, whole = (configs.load(finetune.Config, [str(HERE / f"{name}.py")]) for name in ("sarcoma_t1_ct", "sarcoma_ct"))
+    assert set(cfg.test) < set(whole.test) and not {*cfg.val} & {*whole.test, *whole.val}

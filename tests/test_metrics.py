@@ -128,11 +128,13 @@ def test_image_scores_in_closed_form():
     np.testing.assert_allclose(metrics.psnr(p, t, 1.0), 20, rtol=1e-9)      # 10 log10(1 / 0.01)
     np.testing.assert_allclose(metrics.nmse(p, t), 0.01, rtol=1e-9)         # z-scored: mean squared error
     np.testing.assert_allclose(metrics.nmse(np.zeros_like(t), 7 * t), 1, rtol=1e-12)
+    np.testing.assert_allclose(metrics.mae(t + np.where(t > 0, 0.4, -0.2), t), np.where(t > 0, 0.4, 0.2).mean(), rtol=1e-9)
+    assert metrics.mae(np.array([250, 3], np.uint8), np.array([252, 0], np.uint8)) == 2.5       # no wrap-around
     assert metrics.psnr(t, t, 1.0) == np.inf and metrics.ssim(t, t, 1.0) == 1 and metrics.nmse(t, t) == 0
     assert np.isnan(metrics.psnr(np.full_like(t, np.nan), t, 1.0))          # never the inf of equal images
     assert metrics.psnr(np.array([255], np.uint8), np.array([0], np.uint8), 255) == 0   # no wrap-around
     for metric, *given in (("psnr", t, 0), ("ssim", t, np.nan), ("ssim", t, 1.0, 9), ("ssim", t, 1.0, 4),
-                           ("nmse", t * 0), ("nmse", t[1:])):
+                           ("nmse", t * 0), ("nmse", t[1:]), ("mae", t[1:])):
         with pytest.raises(ValueError, match=f"^{metric}: "):
             getattr(metrics, metric)(t, *given)
 

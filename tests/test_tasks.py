@@ -505,6 +505,11 @@ def test_pasted_tissue_and_input_by_closed_form(pair, reach):
         psnr = 10 * np.log10(span ** 2 * voxels / error)
         assert scores["psnr"][part] == pytest.approx(psnr, abs=1e-4)
         assert scores["nmse"][part] == pytest.approx(error / float((true ** 2).sum()), rel=1e-4)
+    off = float((image - truth).abs().sum())                # in the unit of the file: its window is ten wide
+    for part, error, voxels in (("whole", k * 0.1 + (n - k) * 0.3, n), ("pasted", k * 0.1, n), ("tissue", k * 0.1, k), ("input", off, n)):
+        assert scores["mae"][part] == pytest.approx(10 * error / voxels, rel=1e-4)
+    other = dataclasses.replace(cfg, intensity="zscore")
+    assert tasks.score_image(guess, scan, other)["preprocessed"]["mae"]["tissue"] == pytest.approx(0.1, rel=1e-4)
     assert scores["data_range"] == {"used": pytest.approx(span)}
     images = dict(whole=guess, pasted=torch.where(inside, guess, truth), input=image)
     assert set(scores["ssim"]) == set(images)
@@ -518,7 +523,7 @@ def test_the_target_itself_scores_perfectly_and_is_written_in_the_unit_of_its_fi
     scan, cfg, truth, _ = pair
     scores = tasks.score_image(truth, scan, cfg, ALL)["preprocessed"]
     for part in ("whole", "pasted", "tissue"):
-        assert scores["psnr"][part] == np.inf and scores["nmse"][part] == 0
+        assert scores["psnr"][part] == np.inf and scores["nmse"][part] == scores["mae"][part] == 0
     assert scores["ssim"]["whole"] == pytest.approx(1) and scores["psnr"]["input"] < 100
     evaluate.write_prediction(tmp_path / "out", scan, truth, cfg)
     written, source = nib.load(tmp_path / "out/1.nii.gz"), nib.load(tmp_path / "1_b.nii.gz")
