@@ -527,22 +527,24 @@ def score_image(ready, scan, cfg, extra=()):
     unit of the file, HU of a CT, or in deviations of a z-score; PSNR in the units of the preprocessed image.
 
     Parts: the whole volume; "pasted", the background copied from the target, as the released code scores; the
-    "tissue" alone (not SSIM); "input", left as it is. Background: the target's least value."""
+    "tissue" alone (not SSIM); "input", left as it is; "constant", the tissue's mean for all of it, which is
+    what knowing no place scores. Background: the target's least value."""
     own = data.ruled(scan.case, cfg)
     unit = own.window[1] - own.window[0] if own.intensity in ("window", "scale") else 1.0
     truth = torch.from_numpy(np.ascontiguousarray(scan.open("target"))).float()
     image = torch.from_numpy(np.ascontiguousarray(scan.open())).float()[:1].expand_as(truth)
     inside = above_background(truth[None], [scan.record["target_fill"]])[0]
     reach = cfg.data_range or float(truth.max() - truth.min())
-    guesses = {"whole": ready, "pasted": torch.where(inside, ready, truth), "tissue": ready, "input": image}
+    guesses = {"whole": ready, "pasted": torch.where(inside, ready, truth), "tissue": ready, "input": image,
+               "constant": truth[inside].mean().expand_as(truth)}
     scores = {"psnr": {}, "nmse": {}, "mae": {}}
     if "ssim" in extra:
         scores["ssim"] = {}
     for part, guess in guesses.items():
-        a, b = (guess[inside], truth[inside]) if part == "tissue" else (guess, truth)
+        a, b = (guess[inside], truth[inside]) if part in ("tissue", "constant") else (guess, truth)
         scores["psnr"][part], scores["nmse"][part] = metrics.psnr(a, b, reach), metrics.nmse(a, b)
         scores["mae"][part] = unit * metrics.mae(a, b)
-        if "ssim" in extra and part != "tissue":
+        if "ssim" in extra and part not in ("tissue", "constant"):
             each = [metrics.ssim(p, t, reach) for p, t in zip(guess.numpy(), truth.numpy())]
             scores["ssim"][part] = float(np.mean(each))
     return {"preprocessed": scores | {"data_range": {"used": reach}}}

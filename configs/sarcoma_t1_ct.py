@@ -1,4 +1,4 @@
-"""CT from T1 MRI of soft-tissue sarcoma patients: a demonstration, 6 patients train, 1 chooses, 4 are reported.
+"""CT from T1 MRI of sarcoma patients: a demonstration; 6 patients train, 1 chooses, 4 are reported.
 
     python -m lab.sarcoma data_sets data/sarcoma        once; a clone of github.com/theibsi/data_sets
     python finetune.py configs/sarcoma_t1_ct.py
@@ -19,12 +19,14 @@ val = ("sts_015",)
 test = ("sts_024", "sts_026", "sts_042", "sts_048")
 intensity = "window"            # one for both: CT in HU from fat to all but dense bone, of T1 fat is near 1000
 window = (-250.0, 1250.0)       # what CT has at its lower end is air, and no tissue
-jitter_shift = (0.0, 0.0)       # input and target are scaled alike
-jitter_scale = (0.0, 0.0)
+crop = (64, 32, 32)             # smaller than the scans: else all crops show air, and not every scan does
+rotation = (20.0, 20.0, 20.0)   # degrees
+scale = (0.8, 1.25)
+jitter_scale = (0.5, 0.2)       # of T1 alone: what it says of HU differs from patient to patient
 positive = 0.0
-batch = 2
-steps = 400
-warmup = 40
+batch = 4
+steps = 500
+warmup = 50
 lr = 3e-3
 layer_decay = 1.0
 eval_every = 100

@@ -249,7 +249,7 @@ def check_udpet(folder, rows, result, said):
 
 
 def check_brats23(folder, rows, result, said):
-    assert {"whole", "pasted", "tissue", "input"} == set(result["summary"]["preprocessed"]["psnr"])
+    assert {"whole", "pasted", "tissue", "input", "constant"} == set(result["summary"]["preprocessed"]["psnr"])
 
 
 CHECKS = dict(btcv=check_btcv, brats21=check_brats21, autopet=check_autopet, udpet=check_udpet,

@@ -499,14 +499,17 @@ def test_pasted_tissue_and_input_by_closed_form(pair, reach):
     scores = tasks.score_image(guess, scan, cfg, ALL)["preprocessed"]
     span = reach or float(truth.max() - truth.min())
     left = float(((image - truth) ** 2).sum())
-    errors = {"whole": k * 0.01 + (n - k) * 0.09, "pasted": k * 0.01, "tissue": k * 0.01, "input": left}
+    flat = truth[inside] - truth[inside].mean()             # one number for all the tissue
+    errors = {"whole": k * 0.01 + (n - k) * 0.09, "pasted": k * 0.01, "tissue": k * 0.01, "input": left,
+              "constant": float((flat ** 2).sum())}
     for part, error in errors.items():
-        voxels, true = (k, truth[inside]) if part == "tissue" else (n, truth)
+        voxels, true = (k, truth[inside]) if part in ("tissue", "constant") else (n, truth)
         psnr = 10 * np.log10(span ** 2 * voxels / error)
         assert scores["psnr"][part] == pytest.approx(psnr, abs=1e-4)
         assert scores["nmse"][part] == pytest.approx(error / float((true ** 2).sum()), rel=1e-4)
     off = float((image - truth).abs().sum())                # in the unit of the file: its window is ten wide
-    for part, error, voxels in (("whole", k * 0.1 + (n - k) * 0.3, n), ("pasted", k * 0.1, n), ("tissue", k * 0.1, k), ("input", off, n)):
+    for part, error, voxels in (("whole", k * 0.1 + (n - k) * 0.3, n), ("pasted", k * 0.1, n), ("tissue", k * 0.1, k), ("input", off, n),
+                                ("constant", float(flat.abs().sum()), k)):
         assert scores["mae"][part] == pytest.approx(10 * error / voxels, rel=1e-4)
     other = dataclasses.replace(cfg, intensity="zscore")
     assert tasks.score_image(guess, scan, other)["preprocessed"]["mae"]["tissue"] == pytest.approx(0.1, rel=1e-4)
