@@ -36,6 +36,7 @@ class Config(pretrain.Config):
     probe_least: int = 20           # tokens of an organ in either part, or it is left out
     probe_limit: int = 1000         # tokens per class that train it
     probe_crop: tuple = ()          # voxels that the encoder sees at once, () as `crop`; larger is faster
+    probe_draws: int = 1            # of 64 crops, over which L_g is averaged; top-1 of one strays by 0.05
 
 
 def load(Config, argv):
@@ -111,6 +112,7 @@ def check(cfg):
          f"token_patch = {cfg.token_patch}, expected 2, 4, 8, 16 or 32"),
         (all(c > 0 and c % 32 == 0 for c in (*cfg.crop, *cfg.probe_crop)) and len(cfg.probe_crop) in (0, 3),
          f"crop = {cfg.crop}, probe_crop = {cfg.probe_crop}: expected multiples of 32"),
+        (cfg.probe_draws > 0, f"probe_draws = {cfg.probe_draws}, expected 1 or more"),
         (0 < cfg.probe_train < 1 and 0 < cfg.probe_share <= 1 and min(cfg.probe_least, cfg.probe_limit) > 0,
          f"probe_train = {cfg.probe_train}, probe_share = {cfg.probe_share}, probe_least = "
          f"{cfg.probe_least}, probe_limit = {cfg.probe_limit}: expected shares up to 1, numbers above 0"),
@@ -170,18 +172,19 @@ def correspondence_accuracy(encoder, scans, cfg, device, blank=False):
 @torch.no_grad()
 def crop_recognition(student, teacher, scans, cfg, device, crops=64):
     """losses.recognition of `crops` crops of these scans among each other's twins, all of one teacher: a
-    measure of L_g that the teacher's drift cannot meet. student, teacher: crop (1, c, x, y, z) -> (1, e)."""
+    measure of L_g that the teacher's drift cannot meet; the mean of cfg.probe_draws times so many. student,
+    teacher: crop (1, c, x, y, z) -> (1, e)."""
     slabs, found = data.Slabs(scans, cfg, 1, cfg.seed), []
-    for n in range(crops):
+    for n in range(crops * cfg.probe_draws):
         generator = np.random.default_rng((cfg.seed, 3, n))
         batch = data.collate([slabs.sample(scans[n % len(scans)], generator)])
         V, _, twin = data.views(batch, cfg)
         x, y, z = (slice(s, s + c) for s, c in zip(batch["crop"][0].tolist(), cfg.crop))
         found.append([student(V[:, :, x, y, z].to(device)), teacher(twin.to(device))])
-    query, key = (torch.cat(each).cpu() for each in zip(*found))
     others = ~torch.eye(crops, dtype=torch.bool)
-    measured = losses.recognition(query, key, key, cfg.global_temperature, others)
-    return {name: value.item() for name, value in measured.items()}
+    draws = zip(*(torch.cat(each).cpu().split(crops) for each in zip(*found)))
+    measured = [losses.recognition(q, k, k, cfg.global_temperature, others) for q, k in draws]
+    return {name: float(np.mean([each[name].item() for each in measured])) for name in measured[0]}
 
 
 def load_heads(path, cfg, device):

@@ -260,7 +260,7 @@ def test_nobody_trains_and_tests():
 @pytest.mark.parametrize("keys, text", [
     (dict(token_patch=6), "token_patch = 6"), (dict(token_patch=64), "token_patch = 64"),
     (dict(probe_crop=(60, 60, 60)), "multiples of 32"), (dict(crop=(84, 96, 96)), "multiples of 32"),
-    (dict(probe_share=1.5), "probe_share = 1.5"), (dict(probe_train=1.0), "probe_train = 1.0")])
+    (dict(probe_share=1.5), "probe_share = 1.5"), (dict(probe_draws=0), "probe_draws = 0"), (dict(probe_train=1.0), "probe_train = 1.0")])
 def test_keys_that_would_give_another_number_are_refused(keys, text):
     with pytest.raises(SystemExit) as caught:
         probe.check(probe.Config(**keys))
@@ -294,3 +294,9 @@ def test_crops_are_recognised_among_the_twins_of_one_teacher(spheres, tmp_path):
     terms = [np.log(np.exp(row / cfg.global_temperature).sum()) - row[n] / cfg.global_temperature for n, row in enumerate(sim)]
     assert found["nce"] == pytest.approx(np.mean(terms), abs=1e-4)
     assert probe.load_heads("random", cfg, device) is None
+    twice = probe.crop_recognition(*probe.load_heads(tmp_path / "last.pt", asked, device), scans,
+                                   dataclasses.replace(cfg, probe_draws=2), device, crops=3)
+    parts = [sim[:3, :3], sim[3:, 3:]]                      # the same six crops, three and three
+    assert twice["top1"] == pytest.approx(np.mean([part.argmax(1) == np.arange(3) for part in parts]))
+    terms = [np.log(np.exp(part / cfg.global_temperature).sum(1)) - part.diagonal() / cfg.global_temperature for part in parts]
+    assert twice["nce"] == pytest.approx(np.mean(terms), abs=1e-4) and twice["top1_chance"] == pytest.approx(1 / 3)
