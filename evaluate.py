@@ -227,9 +227,8 @@ def write_prediction(folder, scan, ready, cfg):
     if cfg.task == "segmentation":
         arrays = [painted(tasks.on_scan(ready, scan, affine, stored.shape, cfg), cfg)]
     else:
-        own = data.ruled(scan.case, cfg)
-        if own.intensity in ("window", "scale"):
-            ready = ready * (own.window[1] - own.window[0]) + own.window[0]
+        slope, offset = tasks.file_unit(scan.case, cfg)
+        ready = ready * slope + offset
         arrays = [tasks.to_original(channel, scan.affine, affine, stored.shape, 1, fill=float(channel.min()))
                   for channel in ready]
     header = nib.load(path).header if path.endswith((".nii", ".nii.gz")) else None

@@ -522,6 +522,14 @@ def score_classification(ready, scan, cfg, extra=()):
     return {"scans": {"probability": probability, "class": {"true": scan.case["class"]}}}
 
 
+def file_unit(case, cfg):
+    """(slope, offset): preprocessed intensities times slope plus offset are in the unit of the case's file;
+    1 and 0 of a z-score, which cannot be undone."""
+    own = data.ruled(case, cfg)
+    low, high = own.window if own.intensity in ("window", "scale") else (0.0, 1.0)
+    return high - low, low
+
+
 def score_image(ready, scan, cfg, extra=()):
     """PSNR, NMSE and MAE of a predicted image on the preprocessed grid, and what `extra` names. MAE is in the
     unit of the file, HU of a CT, or in deviations of a z-score; PSNR in the units of the preprocessed image.
@@ -529,8 +537,7 @@ def score_image(ready, scan, cfg, extra=()):
     Parts: the whole volume; "pasted", the background copied from the target, as the released code scores; the
     "tissue" alone (not SSIM); "input", left as it is; "constant", the tissue's mean for all of it, which is
     what knowing no place scores. Background: the target's least value."""
-    own = data.ruled(scan.case, cfg)
-    unit = own.window[1] - own.window[0] if own.intensity in ("window", "scale") else 1.0
+    unit, _ = file_unit(scan.case, cfg)
     truth = torch.from_numpy(np.ascontiguousarray(scan.open("target"))).float()
     image = torch.from_numpy(np.ascontiguousarray(scan.open())).float()[:1].expand_as(truth)
     inside = above_background(truth[None], [scan.record["target_fill"]])[0]

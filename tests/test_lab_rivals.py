@@ -554,14 +554,19 @@ def test_local_ncc_in_loops():
     assert contrast.local_ncc(flat, noise) < 0.05 and contrast.local_ncc(flat, flat) < 1.0001      # far from 0
 
 
+def torch_matrix(H, size):
+    """H (b, 4, 4) of voxels x y z as F.affine_grid takes it, (b, 3, 4): of [-1, 1], axes z y x, written out."""
+    swap, unit = torch.eye(4, dtype=torch.float64)[[2, 1, 0, 3]], torch.eye(4, dtype=torch.float64)
+    size = torch.tensor(size).double()
+    unit[:3, :3], unit[:3, 3] = torch.diag(2 / size), 1 / size - 1  # voxels -> [-1, 1]
+    return (swap @ unit @ H @ torch.linalg.inv(unit) @ swap)[:, :3].float()
+
+
 def test_positions_and_misplaced_know_the_true_move():
     """The matrix that torch wants of the true H, written out, undoes the move: V_ at these positions is V."""
     size, H = (32, 24, 40), torch.eye(4, dtype=torch.float64)[None].repeat(2, 1, 1)
     H[0, :3] = torch.tensor([[1.05, 0.1, 0, -2], [-0.1, 0.95, 0.05, 1], [0, 0, 1, 3.0]])
-    swap = torch.eye(4, dtype=torch.float64)[[2, 1, 0, 3]]
-    unit = torch.eye(4, dtype=torch.float64)                        # voxels -> [-1, 1], axes x y z
-    unit[:3, :3], unit[:3, 3] = torch.diag(2 / torch.tensor(size).double()), 1 / torch.tensor(size).double() - 1
-    matrix = (swap @ unit @ H @ torch.linalg.inv(unit) @ swap)[:, :3].float()
+    matrix = torch_matrix(H, size)
     still = torch.zeros(2, 3, 16, 12, 20)
     smooth = sum(torch.meshgrid(*[torch.arange(n) * slope for n, slope in zip(size, (0.1, -0.2, 0.05))], indexing="ij"))
     smooth = smooth.expand(2, 1, *size)                             # a slope, which interpolation keeps as it is
@@ -607,18 +612,13 @@ def test_gvsl_starts_without_a_move_and_its_loss_has_three_parts(batch):
 
 
 def test_gvsl_has_a_third_of_the_move_left(batch, monkeypatch):
-    """With that matrix, written out, V_ moved back lies on V; half of it is half way, for small turns."""
+    """With its matrix V_ moved back lies on V; half of it leaves half."""
     found, cfg, _ = batch
     torch.manual_seed(0)
     network = contrast.GVSL(cfg).eval()
-    swap, unit = torch.eye(4, dtype=torch.float64)[[2, 1, 0, 3]], torch.eye(4, dtype=torch.float64)
-    size = torch.tensor(found["V"].shape[2:]).double()
-    unit[:3, :3], unit[:3, 3] = torch.diag(2 / size), 1 / size - 1  # voxels -> [-1, 1], axes x y z
-    still = torch.eye(4, dtype=torch.float64)
-    seen = []
+    still, seen = torch.eye(4, dtype=torch.float64), []
     for share in (0.0, 0.5, 1.0):
-        H = still + share / 3 * (found["H"].double() - still)
-        matrix = (swap @ unit @ H @ torch.linalg.inv(unit) @ swap)[:, :3].float()
+        matrix = torch_matrix(still + share / 3 * (found["H"].double() - still), found["V"].shape[2:])
         monkeypatch.setattr(network, "matrix", lambda a, b: matrix)
         with torch.no_grad():
             seen.append(network(found, dice())[1])

@@ -407,7 +407,7 @@ class GVSL(nn.Module):
     thirds of the way (paper: hearts aligned beforehand; further off the slope of the NCC knows no way); five
     painted boxes (code: up to 30 smaller ones, shuffled voxels, bent intensities); a 3 x 4 matrix within 0.75
     of the identity for angles, zooms and shears, of 0.1 of the answer to (A, B) less that to (B, A), from
-    difference and sum of the maps (one answer from both became one matrix for all pairs); no move at first; a
+    difference and sum of the maps (paper: one answer, which here is one matrix for all); no move at first; a
     field of half the resolution, applied with the affine map at once. Measured: `misplaced`, 1: none learned.
     """
     passes, reach, pace, left = (2, 0), 0.75, 0.1, 1 / 3
