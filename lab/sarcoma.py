@@ -32,7 +32,8 @@ import numpy as np
 from scipy import ndimage
 
 from configs import replacing
-from metrics import dice_regions
+from configs import sarcoma_t1_ct as recipe
+from metrics import dice_regions, mae, psnr
 from run import program, write_json
 from volumes import VolumeError, read_stored, spacing_of, stretch
 
@@ -222,8 +223,39 @@ def measure(modality, train, test):
     return rows
 
 
+def curves(train, test, window, bins=64):
+    """[{floor, mae, psnr, n, each}] of {id: (T1, CT)}: HU of a voxel told from its T1, its place unseen.
+
+    The mean or median CT of train's voxels in the same of `bins` equal bins of T1 (in an empty bin: of all of
+    them), or in one bin for all. As configs/sarcoma_t1_ct.py has it both are clipped to window, and tissue
+    counts, what is a hundredth of the window above its low end. MAE in HU, PSNR at the window's range in dB:
+    means over test.
+    """
+    low, high = window
+
+    def tissue(pair):
+        t1, ct = (np.clip((scan - low) / (high - low), 0, 1) for scan in pair)
+        return t1[ct > 0.01], ct[ct > 0.01] * (high - low)
+    seen, truth = map(np.concatenate, zip(*map(tissue, train.values())))
+    rows = []
+    for (name, middle), n in itertools.product((("mean", np.mean), ("median", np.median)), (1, bins)):
+        def binned(t1):
+            return np.minimum((t1 * n).astype(int), n - 1)
+        there = binned(seen)
+        curve = np.array([middle(truth[there == k] if (there == k).any() else truth) for k in range(n)])
+        each = {}
+        for i, (t1, ct) in {i: tissue(pair) for i, pair in test.items()}.items():
+            predicted = curve[binned(t1)]
+            each[i] = dict(mae=mae(predicted, ct), psnr=psnr(predicted, ct, high - low))
+        means = {metric: np.mean([score[metric] for score in each.values()]) for metric in ("mae", "psnr")}
+        of = f"in each of {n} bins of T1" if n > 1 else "for all"
+        rows.append(dict(floor=f"{name} HU {of}", **means, n=len(each), each=each))
+    return rows
+
+
 def write_floors(patients, out):
-    """floors.json of the written files, each beside that of the scans as downloaded; prints a table."""
+    """floors.json of the written files, each beside that of the scans as downloaded; prints a table. T1 to CT
+    has its own, of the patients that configs/sarcoma_t1_ct.py trains and tests."""
     found = {}
     print(f"floors{'':42}best on train  test Dice  as downloaded   n")
     for modality in FILES:
@@ -236,6 +268,14 @@ def write_floors(patients, out):
         for row, old in zip(found[modality], measure(modality, **before)):
             row["as_downloaded"] = old["dice"]
             print("{:4}{floor:44}{value:13g}{dice:11.3f}{as_downloaded:15.3f}{n:4}".format(modality, **row))
+    files = {path.name[:7]: path for path in sorted((out / "t1_ct").glob("sts_*_t1.nii.gz"))}
+    pairs = {i: [read_stored(path.with_name(f"{i}_{m}.nii.gz"))[0] for m in ("t1", "ct")]
+             for i, path in files.items()}
+    test = {i: pair for i, pair in pairs.items() if i in recipe.test}
+    train = {i: pair for i, pair in pairs.items() if i not in (*recipe.test, *recipe.val)}
+    found["t1_ct"] = curves(train, test, recipe.window) if train and test else []
+    for row in found["t1_ct"]:
+        print("t1_ct {floor:42} MAE {mae:.0f} HU, PSNR {psnr:.1f} dB, n {n}".format(**row))
     write_json(out / "floors.json", found)
 
 
