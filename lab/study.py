@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import stats
 
 import configs
 import data
@@ -55,6 +56,7 @@ class Config:
     pretrain_keys: dict = dataclasses.field(default_factory=dict)   # for all rows alike
     probe_keys: dict = dataclasses.field(default_factory=dict)      # .. of lab.probe alone
     finetune_keys: dict = dataclasses.field(default_factory=dict)
+    tuned: dict = dataclasses.field(default_factory=dict)   # {row: keys of its stage 2, over finetune_keys}
 
 
 def check(cfg):
@@ -63,6 +65,8 @@ def check(cfg):
     if not cfg.rows or not cfg.seeds or set(cfg.shots) - set(cfg.rows):
         raise SystemExit("the study needs `seeds`, `rows`, and shots of some of them; found seeds "
                          f"{cfg.seeds}, rows {', '.join(cfg.rows) or 'none'}, shots {cfg.shots}")
+    if idle := sorted(set(cfg.tuned) - set(cfg.shots)):
+        raise SystemExit(f"tuned: expected rows that have shots, found {', '.join(idle)}")
     if cfg.rates and not cfg.rate_keys:
         raise SystemExit(f"rates = {cfg.rates} are judged on the scans that rate_keys name; it is empty, and "
                          "the scans that the table reports must not choose")
@@ -116,7 +120,8 @@ def plan(row, seed, cfg):
         parts["probe"] = [["lab.probe", cfg.pretrain_config, *flags(probing)]]
     for shots in cfg.shots.get(row, ()):
         tuned = f"{name}-{shots}"
-        keys = same | cfg.finetune_keys | dict(init=init, name=tuned, label_fraction=shots / cfg.labelled)
+        keys = same | cfg.finetune_keys | cfg.tuned.get(row, {})
+        keys |= dict(init=init, name=tuned, label_fraction=shots / cfg.labelled)
         resolved = [cfg.finetune_config, str(runs / tuned / "config.py")]   # of which it takes its own keys
         parts[str(shots)] = [["finetune", cfg.finetune_config, *flags(keys)],
                              ["evaluate", *resolved, "--sheets=0", "--predictions=False",
@@ -206,10 +211,21 @@ def probe_table(results, cfg):
                     lines)
 
 
+def by_seed(each):
+    """Differences (n,), one a seed, and from two on Student's 95 % interval of their mean."""
+    text = ", ".join(map("{:+.3f}".format, each))
+    if len(each) > 1:
+        far = stats.t.ppf(0.975, len(each) - 1) * stats.sem(each)
+        text += " ({:+.3f} .. {:+.3f})".format(np.mean(each) - far, np.mean(each) + far)
+    return text
+
+
 def shots_table(results, cfg):
     """A row per number of labels and row: means over test cases, the seeds in their order, and the paired
-    difference to the first row of that number, its interval over the cases, each the mean of its seeds."""
-    heads = ["labelled", "row", "Dice"] + ["HD95, mm"] * cfg.hd95 + ["Dice less the first row's"]
+    difference to the first row of that number, once with its interval over the cases, each the mean of its
+    seeds, and once seed by seed, with Student's 95 % interval: would other seeds gain, too?"""
+    heads = ["labelled", "row", "Dice"] + ["HD95, mm"] * cfg.hd95
+    heads += ["Dice less the first row's", "of each seed"]
     lines = []
     for shots in sorted({n for numbers in cfg.shots.values() for n in numbers}):
         first = None
@@ -220,11 +236,13 @@ def shots_table(results, cfg):
                 far = np.array([list(f["hd95"].values()) for f in found])
                 missed = f", {n} missed" if (n := np.isnan(far).sum()) else ""      # an empty mask has none
                 columns.append(cells(list(np.nanmean(far, axis=1)), "{:.1f}") + missed)
-            dice = np.mean([list(f["dice"].values()) for f in found], axis=0)
+            dice = np.array([list(f["dice"].values()) for f in found])      # (seeds, cases)
             if first is None:
-                first, columns = dice, [*columns, ""]
+                first, columns = dice, [*columns, "", ""]
             else:
-                columns.append("{:+.3f} ({:+.3f} .. {:+.3f})".format(*metrics.paired_difference(dice, first)))
+                gain = metrics.paired_difference(dice.mean(axis=0), first.mean(axis=0))
+                each = np.nanmean(dice, axis=1) - np.nanmean(first, axis=1)
+                columns += ["{:+.3f} ({:+.3f} .. {:+.3f})".format(*gain), by_seed(each)]
             lines.append([str(shots), row, *columns])
     return markdown(heads, lines)
 
@@ -270,7 +288,7 @@ def at_best_rates(cfg):
     for _ in range(1 + cfg.widen):
         todo = [(row, rate) for row in learn for rate in asked[row] if (row, rate) not in scores]
         named = {f"{row}, {rate:g}": learn[row] | dict(lr=rate) for row, rate in todo}
-        trials = dataclasses.replace(cfg, rows=named, shots={})
+        trials = dataclasses.replace(cfg, rows=named, shots={}, tuned={})
         results |= run_all(trials, cfg.seeds[:1], ("pretrain", "rate"))
         for row, rate in todo:
             found = results[f"{row}, {rate:g}-{cfg.seeds[0]}"].get("rate")
@@ -282,7 +300,7 @@ def at_best_rates(cfg):
     named = {row: f"{row}, {rate:g}" for row, rate in best.items()}
     rows = {named.get(row, row): own | dict(lr=best[row]) if row in best else own
             for row, own in cfg.rows.items()}
-    shots = {named.get(row, row): numbers for row, numbers in cfg.shots.items()}
+    shots, tuned = ({named.get(row, row): own for row, own in of.items()} for of in (cfg.shots, cfg.tuned))
     every, show = sorted({rate for _, rate in scores}), {None: "", -1: "diverged"}
     lines = [[row, *(show.get(x, x and f"{x:.3f}") for x in (scores.get((row, rate)) for rate in every))]
              for row in learn]
@@ -290,7 +308,7 @@ def at_best_rates(cfg):
     kept = {f"{name}-{cfg.seeds[0]}" for name in named.values()}
     minutes, commits = cost({name: found for name, found in results.items() if name not in kept})
     text += f"\n\nRates that were not kept: {minutes:.0f} minutes more; code of {', '.join(commits)}."
-    return dataclasses.replace(cfg, rows=rows, shots=shots), text
+    return dataclasses.replace(cfg, rows=rows, shots=shots, tuned=tuned), text
 
 
 def conduct(cfg):

@@ -112,7 +112,8 @@ def test_scores_of_few_labels_are_paired_case_by_case_and_seed_by_seed():
     rng, better = np.random.default_rng(0), np.linspace(0, 0.2, 30)
     of = {seed: rng.uniform(0.3, 0.6, 30) for seed in (3, 4)}
     value = lambda dice, mm: {"value": dict(dice=dict(zip(cases, dice)), hd95=dict.fromkeys(cases, mm))}
-    results = {f"{row}-{seed}": {"4": value(of[seed] + add, mm)} for seed in (3, 4)
+    more = {3: -0.02, 4: 0.04}
+    results = {f"{row}-{seed}": {"4": value(of[seed] + add + (row == "all") * more[seed], mm)} for seed in (3, 4)
                for row, add, mm in (("scratch", 0, 20.0), ("all", better, 10.0))}
     cfg = study.Config(rows={"scratch": None, "all": {}}, seeds=(3, 4), shots={"scratch": (4,), "all": (4,)},
                        hd95=True, probes=False)
@@ -121,10 +122,14 @@ def test_scores_of_few_labels_are_paired_case_by_case_and_seed_by_seed():
     assert minutes.startswith("Mean (seeds 3, 4); 6 minutes")
     means = [of[seed].mean() for seed in (3, 4)]
     assert scratch == (f"| 4 | scratch | {np.mean(means):.3f} ({means[0]:.3f}, {means[1]:.3f}) "
-                       "| 20.0 (20.0, 20.0) |  |")
-    gain = re.fullmatch(r".*\| 10.0 \(10.0, 10.0\) \| (\S+) \((\S+) \.\. (\S+)\) \|", tuned).groups()
+                       "| 20.0 (20.0, 20.0) |  |  |")
+    gain = re.fullmatch(r".*\| 10.0 \(10.0, 10.0\) \| (\S+) \((\S+) \.\. (\S+)\) \| (\S+), (\S+) \((\S+) \.\. (\S+)\) \|",
+                        tuned).groups()
     t = scipy.stats.sem(better) * 1.96                              # the bootstrap's interval, nearly
-    assert np.allclose(np.float64(gain), [0.1, 0.1 - t, 0.1 + t], atol=0.004)
+    assert np.allclose(np.float64(gain[:3]), [0.11, 0.11 - t, 0.11 + t], atol=0.004)
+    # of two numbers the standard error is half their difference
+    assert np.allclose(np.float64(gain[3:]), [0.08, 0.14, 0.11 - 12.7062 * 0.03, 0.11 + 12.7062 * 0.03], atol=5e-4)
+    assert study.by_seed([0.5]) == "+0.500"
 
 
 def test_a_row_may_start_from_an_encoder_that_is_there():
@@ -143,11 +148,22 @@ def test_a_row_may_fine_tune_more_of_its_run_than_the_encoder():
     assert cfg.rows["more"]["file"] == "network.pt"                 # for the next seed
 
 
+def test_a_row_may_have_keys_of_its_own_in_stage_2():
+    cfg = study.Config(rows={"short": None, "long": None}, seeds=(2,), shots={"short": (5,), "long": (5,)},
+                       finetune_keys={"steps": 10, "lr": 0.1}, tuned={"long": {"steps": 30}}, probes=False,
+                       pretrain_config="p.py", finetune_config="f.py")
+    short, long = (study.plan(row, 2, cfg)["5"][0] for row in cfg.rows)
+    assert "--steps=10" in short and "--steps=30" in long and "--steps=10" not in long and "--lr=0.1" in long
+    with pytest.raises(SystemExit, match="tuned: expected rows that have shots, found lon"):
+        study.check(dataclasses.replace(cfg, tuned={"lon": {}}))
+
+
 def test_every_row_that_learns_keeps_the_rate_of_its_best_probe(monkeypatch, tmp_path):
     """Rates are tried with the first seed alone and judged by their own part; a run at the best is not redone."""
     cfg = study.Config(rows={"none": None, "here": {"init": "e.pt"}, "ours": {}, "theirs": {"method": "voco"}},
                        seeds=(4, 5), rates=(1e-3, 1e-2), rate_keys={"exclude": ("a*",)}, runs=str(tmp_path),
-                       pretrain_config="p.py", shots={"none": (2,), "theirs": (2,)}, jobs=1)
+                       pretrain_config="p.py", shots={"none": (2,), "theirs": (2,)}, jobs=1,
+                       tuned={"theirs": {"steps": 3}})
     ran, scores = [], {("ours", 1e-3): 0.5, ("ours", 1e-2): 0.3, ("theirs", 1e-3): 0.2, ("theirs", 1e-2): 0.4}
     plans = {}
 
@@ -167,7 +183,8 @@ def test_every_row_that_learns_keeps_the_rate_of_its_best_probe(monkeypatch, tmp
                    ("theirs, 0.01", 4, only)]
     assert chosen.rows == {"none": None, "here": {"init": "e.pt"}, "ours, 0.001": {"lr": 1e-3},
                            "theirs, 0.01": {"method": "voco", "lr": 1e-2}}
-    assert chosen.shots == {"none": (2,), "theirs, 0.01": (2,)} and chosen.seeds == (4, 5)
+    assert chosen.shots == {"none": (2,), "theirs, 0.01": (2,)} and chosen.tuned == {"theirs, 0.01": {"steps": 3}}
+    assert chosen.seeds == (4, 5)
     assert tried.splitlines()[2:4] == ["| ours | 0.500 | 0.300 |", "| theirs | 0.200 | 0.400 |"]
     assert tried.endswith("\n\nRates that were not kept: 5 minutes more; code of abc, unknown.")
     same, later = study.plan("theirs, 0.01", 4, chosen), study.plan("theirs, 0.01", 5, chosen)

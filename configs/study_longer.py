@@ -1,0 +1,29 @@
+"""Whether the gain of pre-training grows with its length and batch, and whether the same minutes of training
+from scratch do as well: probes and few-label Dice on phantoms.
+
+    python -m lab.phantom --demo
+    python -m lab.study configs/study_longer.py
+    python -m lab.study configs/study_seeds.py          ten seeds of two of these rows
+"""
+name = "study_longer"
+seeds = (0, 1, 2)
+jobs = 2
+workers = 0
+rows = {
+    "scratch": None,
+    "100 steps": {"steps": 100, "warmup": 10},
+    "400 steps": {},
+    "1600 steps": {"steps": 1600, "warmup": 160},
+    "100 steps of 8": {"steps": 100, "warmup": 10, "batch": 8},
+    "200 steps of 8": {"steps": 200, "warmup": 20, "batch": 8},
+    "scratch, 450 crops": None,
+    "400 steps, 450 crops": {"init": "runs/study_longer/400 steps-{seed}/encoder.pt"},
+}
+shots = dict.fromkeys(rows, (2,))
+tuned = dict.fromkeys(list(rows)[-2:], {"steps": 450, "warmup": 45, "eval_every": 450})
+labelled = 20
+pretrain_config = "configs/demo.py"
+pretrain_keys = {"save_every": 200}
+finetune_config = "configs/demo_segmentation.py"
+finetune_keys = {"test": "unseen_100*", "exclude": ("unseen_101*", "unseen_102*", "unseen_103*"),
+                 "eval_every": 150}
