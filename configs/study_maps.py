@@ -5,6 +5,7 @@ phantoms.
     python -m lab.study configs/study_maps.py
 
 Rows with a method are in lab/rivals/variants.py; `file`: stage 2 starts from a decoder that was taught, too.
+Row by row where time is short: --rows and --shots of some, the tables then hold these.
 """
 name = "study_maps"
 seeds = (0, 1, 2)
@@ -21,8 +22,12 @@ rows = {
     "L_g + L_p2s, released form": {"weights": (1, 0, 1), "structure": "released"},
     "tokens inside the scan, air too": {"tokens": "inside"},
     "a queue, as printed": {"negatives": "queue", "queue": 128},
+    # what the decoder makes of an encoder that stays as it is
+    "random, frozen": {"steps": 1, "warmup": 0, "lr": 1e-9},
+    "tokens of 8 voxels, frozen": {"init": "runs/study_maps/tokens of 8 voxels-{seed}/encoder.pt"},
 }
 shots = dict.fromkeys(rows, (2,))
+tuned = dict.fromkeys(("random, frozen", "tokens of 8 voxels, frozen"), {"freeze_encoder": True})
 labelled = 20
 pretrain_config = "configs/demo.py"
 pretrain_keys = {"steps": 200, "warmup": 20, "save_every": 200}
