@@ -53,7 +53,7 @@ class Shown:
     """What several pictures share: a scan, its organs, query points and tokens, and its moved copy."""
 
     def __init__(self, cfg, device):
-        self.cfg, self.device, self.patch = cfg, device, cfg.token_patch
+        self.cfg, self.device, self.patch = cfg, device, cfg.probe_patch
         self.headings, self.cases = headings(cfg), data.find_cases(cfg)
         self.scan = open_scan(cfg, self.cases)
         self.grid = tuple(s // self.patch for s in self.scan.shape)
@@ -106,7 +106,8 @@ class Shown:
         """V, the whole scan, and V', moved and jittered within the config's ranges, (c, x, y, z); H (4, 4);
         matches (m, 2): rows (i, j) of Eq. 2-3 inside the scan; valid_ (t,): tokens of V' that show the scan;
         bright (t,): tokens of V above its mean."""
-        whole = dataclasses.replace(self.cfg, slab=self.scan.shape, crop=self.scan.shape)
+        shape = self.scan.shape
+        whole = dataclasses.replace(self.cfg, slab=shape, crop=shape, token_patch=self.patch)
         sample = data.Slabs([self.scan], whole, 1, whole.seed).sample
         batch = data.collate([sample(self.scan, np.random.default_rng(whole.seed))])
         V, V_, _ = data.views(batch, whole)
@@ -143,8 +144,8 @@ def open_scan(cfg, cases):
         raise SystemExit(f"figure_scan = {cfg.figure_scan!r}, no case has that id; there are: "
                          f"{', '.join(case['id'] for case in cases[:4])} ..")
     scan, = data.open_scans(cfg, found[:1])
-    if min(scan.shape) < cfg.token_patch:
-        raise SystemExit(f"{scan.id}: {scan.shape} voxels do not hold one patch of {cfg.token_patch}")
+    if min(scan.shape) < cfg.probe_patch:
+        raise SystemExit(f"{scan.id}: {scan.shape} voxels do not hold one patch of {cfg.probe_patch}")
     return scan
 
 
@@ -607,7 +608,7 @@ def check(cfg):
     points = [point for point in (cfg.query, cfg.query_mm) if point]
     run.refuse([
         (not unknown, f"figures: no {', '.join(map(repr, unknown))}; there are: all, {', '.join(FIGURES)}"),
-        (cfg.token_patch in (2, 4, 8, 16, 32), f"token_patch = {cfg.token_patch}, expected 2, 4, 8, 16, 32"),
+        (cfg.probe_patch in (2, 4, 8, 16, 32), f"probe_patch = {cfg.probe_patch}, expected 2, 4, 8, 16, 32"),
         (len(points) < 2 and all(len(point) == 3 and configs.numbers(point) for point in points),
          f"query = {cfg.query}, query_mm = {cfg.query_mm}: expected three numbers, in one of them"),
     ])

@@ -31,6 +31,7 @@ class Config(pretrain.Config):
     checkpoint: str | tuple = ()    # default runs/<name>/encoder.pt; several are compared; "random" is none
     out: str = ""                   # folder of what is written, default runs/<name>
     probe_random: bool = True       # probe random weights first
+    probe_patch: int = 8            # voxels of a patch that is probed or drawn: 2 4 8 16 32, not token_patch
     probe_train: float = 0.5        # share of the subjects (the first by id) that train it, the rest test it
     probe_share: float = 0.25       # least share of a patch that its organ covers; tiny organs need less
     probe_least: int = 20           # tokens of an organ in either part, or it is left out
@@ -108,8 +109,8 @@ def _most_central(starts, start, crop, patch):
 def check(cfg):
     """Refuse what no probe can be made with, one line each, before anything is read."""
     run.refuse([
-        (cfg.token_patch in (2, 4, 8, 16, 32),
-         f"token_patch = {cfg.token_patch}, expected 2, 4, 8, 16 or 32"),
+        (cfg.probe_patch in (2, 4, 8, 16, 32),
+         f"probe_patch = {cfg.probe_patch}, expected 2, 4, 8, 16 or 32"),
         (all(c > 0 and c % 32 == 0 for c in (*cfg.crop, *cfg.probe_crop)) and len(cfg.probe_crop) in (0, 3),
          f"crop = {cfg.crop}, probe_crop = {cfg.probe_crop}: expected multiples of 32"),
         (cfg.probe_draws > 0, f"probe_draws = {cfg.probe_draws}, expected 1 or more"),
@@ -139,7 +140,7 @@ def probe_scans(cfg):
 
 def organ_tokens(encoder, scans, cfg, device, overlap=None):
     """(t, c) features, (t,) organ ids, (t,) scan numbers of the tokens that show an organ; see encode."""
-    parts, p = [], cfg.token_patch
+    parts, p = [], cfg.probe_patch
     for n, scan in enumerate(scans):
         volume = torch.from_numpy(np.ascontiguousarray(scan.open()))
         features = encode(encoder, volume, cfg.probe_crop or cfg.crop, p, device, overlap)
@@ -155,8 +156,8 @@ def correspondence_accuracy(encoder, scans, cfg, device, blank=False):
     """Share of matched tokens whose most similar token of V' (cosine of features) is the true partner. V' is
     moved by the config's rotation, scale, shear and shift, one slab a scan. blank: of the same matches with
     nothing to be seen in either view: what a token's place in its crop, known by the padding, gives away."""
-    slabs, found = data.Slabs(scans, cfg, 1, cfg.seed), []
-    p, grid = cfg.token_patch, tuple(s // cfg.token_patch for s in cfg.slab)
+    p, grid = cfg.probe_patch, tuple(s // cfg.probe_patch for s in cfg.slab)
+    slabs, found = data.Slabs(scans, dataclasses.replace(cfg, token_patch=p), 1, cfg.seed), []
     for n, scan in enumerate(scans):
         batch = data.collate([slabs.sample(scan, np.random.default_rng((cfg.seed, n)))])
         valid, valid_ = batch["valid"], batch["valid_"]
@@ -164,8 +165,9 @@ def correspondence_accuracy(encoder, scans, cfg, device, blank=False):
         views = [view[0] * (not blank) for view in data.views(batch, cfg)[:2]]
         maps = [encode(encoder, view, cfg.crop, p, device) for view in views]
         q, k = (rearrange(features, "c i j k -> 1 (i j k) c") for features in maps)
-        sim = losses.similarity(q, k)[0].masked_fill(~valid_, -2)
-        found += (sim.argmax(1)[i] == j)[valid[0, i] & valid_[0, j]].tolist()
+        both = valid[0, i] & valid_[0, j]
+        for i, j in zip(i[both].split(2048), j[both].split(2048)):     # a slab of the paper has 27,648 tokens
+            found += (losses.similarity(q[:, i], k)[0].masked_fill(~valid_, -2).argmax(1) == j).tolist()
     return sum(found) / max(len(found), 1)
 
 
@@ -342,7 +344,7 @@ def told(counts, cfg):
     names = {c: f"{cfg.labels.get(c, c)} {n[0]}/{n[1]}" for c, n in counts.items()}
     kept = [c for c, n in counts.items() if min(n) >= cfg.probe_least]
     few = [name for c, name in names.items() if c not in kept]
-    return (f"; {len(kept)} organs by their tokens of {cfg.token_patch} voxels (train/test): "
+    return (f"; {len(kept)} organs by their tokens of {cfg.probe_patch} voxels (train/test): "
             f"{', '.join(names[c] for c in kept)}" + (f"; too few of {', '.join(few)}" if few else ""))
 
 

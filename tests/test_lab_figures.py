@@ -60,12 +60,12 @@ def files(folder):
 @pytest.fixture(scope="module")
 def read(folder, files):
     """JSON file -> content, of all figures."""
-    return draw(folder, "all", f"--checkpoint={files}", "--figure_tokens=40", out="all")
+    return draw(folder, "all", f"--checkpoint={files}", "--figure_tokens=40", "--token_patch=32", out="all")
 
 
 @pytest.fixture(scope="module")
 def shown(folder, files):
-    return open_shown(folder, f"--checkpoint={files}")
+    return open_shown(folder, f"--checkpoint={files}", "--token_patch=32")          # the losses' own
 
 
 def flat(tokens):
@@ -350,7 +350,7 @@ def test_pictures_do_not_change_from_call_to_call(folder):
     ("pca --query=(1,2,3) --query_mm=(1,2,3)", "in one of them"),
     ("similarity --figure_scan=7", "no case has that id; there are: 0, 1"),
     ("all --figure_organs=(1,9)", "shows organ 9"), ("similarity --probe_share=1.1", "shows an organ"),
-    ("pca --token_patch=6", "token_patch = 6"), ("pca --checkpoint=('random','none.pt')", "no such file"),
+    ("pca --probe_patch=6", "probe_patch = 6"), ("pca --checkpoint=('random','none.pt')", "no such file"),
     ("pca --in_channels=2", "takes 2 channels, 0 has 1"), ("evolution --name=other", "evolution: .*keep="),
     ("curves --name=other", "curves: .*no such log"), ("tsne --label=", "tsne: the scans have no labels"),
     ("correspondence --rotation=(0,0,0) --shift=(500,500,500)", "correspondence: .*no match")])

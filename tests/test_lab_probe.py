@@ -172,7 +172,7 @@ def test_command_scores_the_second_scan_by_the_first(spheres, tmp_path, capsys):
     file = str(tmp_path / "encoder.pt")
     torch.manual_seed(2)
     encoder = encoder_file(tmp_path / "encoder.pt", **SPHERES).eval()
-    argv = [str(spheres / "x.py"), "--slab=(64, 64, 64)", "--probe_limit=5000"]
+    argv = [str(spheres / "x.py"), "--slab=(64, 64, 64)", "--probe_limit=5000", "--token_patch=32"]    # the losses' own
     probe.main([*argv, f"--checkpoint={file}", f"--out={tmp_path}"])
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     found = json.loads((tmp_path / "probe.json").read_text())["probe"]
@@ -201,7 +201,7 @@ def test_command_scores_the_second_scan_by_the_first(spheres, tmp_path, capsys):
     strength = strength[strength > 1e-9 * strength[0]] / strength.sum()
     assert number["effective_rank"] == pytest.approx(np.exp(-(strength * np.log(strength)).sum()), rel=1e-3)
     assert number["organs"] == {str(k): [sum(y == k), sum(y_ == k)] for k in (1, 2, 3)}
-    slabs = data.Slabs(scans[1:], cfg, 1, cfg.seed)
+    slabs = data.Slabs(scans[1:], dataclasses.replace(cfg, token_patch=8), 1, cfg.seed)
     batch = data.collate([slabs.sample(scans[1], np.random.default_rng((cfg.seed, 0)))])
     V, V_, _ = data.views(batch, cfg)
     q, k = (rearrange(encoder(view)[2][0], "c x y z -> (x y z) c").numpy() for view in (V, V_))
@@ -232,7 +232,7 @@ def test_organs_of_few_tokens_are_left_out_on_both_sides():
     assert len(sets[1]) == 55 and len(sets[3]) == 20
     assert counts == {1: [30, 6], 2: [5, 9], 3: [4, 0], 4: [20, 5], 5: [0, 40]}
     assert "3 organs by their tokens of 8 voxels (train/test): liver 30/6, spleen 5/9, 4 20/5; too few of 3 4/0, 5 0/40" in (
-        probe.told(counts, dataclasses.replace(cfg, token_patch=8)))
+        probe.told(counts, cfg))
     with pytest.raises(SystemExit, match="two organs with 21 tokens each .*1: 30 and 6, 2: 5 and 9"):
         probe.enough(x(train), train, x(test), test, dataclasses.replace(cfg, probe_least=21))
 
@@ -258,7 +258,7 @@ def test_nobody_trains_and_tests():
 
 
 @pytest.mark.parametrize("keys, text", [
-    (dict(token_patch=6), "token_patch = 6"), (dict(token_patch=64), "token_patch = 64"),
+    (dict(probe_patch=6), "probe_patch = 6"), (dict(probe_patch=64), "probe_patch = 64"),
     (dict(probe_crop=(60, 60, 60)), "multiples of 32"), (dict(crop=(84, 96, 96)), "multiples of 32"),
     (dict(probe_share=1.5), "probe_share = 1.5"), (dict(probe_draws=0), "probe_draws = 0"), (dict(probe_train=1.0), "probe_train = 1.0")])
 def test_keys_that_would_give_another_number_are_refused(keys, text):
