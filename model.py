@@ -112,8 +112,7 @@ class Block(nn.Module):
         self.table = nn.Parameter(torch.empty((2 * window - 1) ** 3, heads))    # by offset x y z and head
         self.project = nn.Linear(channels, channels)
         self.norm2 = LayerNorm(channels)
-        self.expand = nn.Linear(channels, 4 * channels)
-        self.contract = nn.Linear(4 * channels, channels)
+        self.expand, self.contract = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
         nn.init.trunc_normal_(self.table, std=0.02)
         # Both follow from the window alone: made once, for every size of volume, and no part of the weights.
         self.register_buffer("offsets", offsets(window), persistent=False)
@@ -135,9 +134,8 @@ class Block(nn.Module):
         bias = rearrange(self.table[self.offsets[: wx * wy * wz, : wx * wy * wz]], "n m h -> 1 h n m")
         cuts = [None, None, None]
         if any(shift):
-            apart = rearrange(self.cuts[:, :wx, :wy, :wz, :wx, :wy, :wz],
-                              "a x y z i j k -> a (x y z) (i j k)")
-            cuts = [cut if s else None for cut, s in zip(apart, shift)]
+            far = rearrange(self.cuts[:, :wx, :wy, :wz, :wx, :wy, :wz], "a x y z i j k -> a (x y z) (i j k)")
+            cuts = [cut if s else None for cut, s in zip(far, shift)]
         x = attend(qkv, bias, cuts)
         x = self.project(rearrange(x, "b nx ny nz h (wx wy wz) d -> b (nx wx) (ny wy) (nz wz) (h d)", **grid))
         x = torch.roll(x, shift, dims=(1, 2, 3)) if any(shift) else x
@@ -286,8 +284,7 @@ class Swin3D(nn.Module):
             raise ValueError(f'merge: expected "all" or "legacy", found {merge!r}')
         widths = [feature_size * 2**i for i in range(4)]
         if any(width % heads for width, heads in zip(widths, num_heads)):
-            raise ValueError(f"num_heads: expected divisors of the stages' channels {widths}, "
-                             f"found {num_heads}")
+            raise ValueError(f"num_heads: expected divisors of the channels {widths}, found {num_heads}")
         self.arguments = dict(in_channels=in_channels, feature_size=feature_size, depths=tuple(depths),
                               num_heads=tuple(num_heads), window_size=window_size, v2=v2, merge=merge,
                               checkpointing=checkpointing)
@@ -318,13 +315,11 @@ class SwinUNETR(nn.Module):
         super().__init__()
         self.encoder = Swin3D(in_channels, **swin)
         self.arguments = self.encoder.arguments | {"out_channels": out_channels}
-        self.checkpointing = self.encoder.arguments["checkpointing"]
-        f = self.encoder.arguments["feature_size"]
+        f, self.checkpointing = (self.encoder.arguments[key] for key in ("feature_size", "checkpointing"))
         widths = ((in_channels, f), (f, f), (2 * f, 2 * f), (4 * f, 4 * f))  # volume, maps 1 to 3
         self.skips = nn.ModuleList(ResidualConv(*pair) for pair in widths)
         self.bottom = ResidualConv(16 * f, 16 * f)
-        widths = ((16 * f, 8 * f), (8 * f, 4 * f), (4 * f, 2 * f), (2 * f, f), (f, f))
-        self.ups = nn.ModuleList(Up(*pair) for pair in widths)
+        self.ups = nn.ModuleList(Up(n * f, m * f) for n, m in ((16, 8), (8, 4), (4, 2), (2, 1), (1, 1)))
         self.out = nn.Conv3d(f, out_channels, 1)
 
     def forward(self, volume):
@@ -333,12 +328,17 @@ class SwinUNETR(nn.Module):
         if max(nx, ny, nz) <= 32:
             raise ValueError(f"volume: expected one of x y z longer than 32 voxels, found {nx} {ny} {nz}")
         volume = pad(volume, (32, 32, 32), first=2)
-        maps = self.encoder(volume)
-        skips = [run(conv, self.checkpointing, x) for conv, x in zip(self.skips, [volume, *maps])] + [maps[3]]
-        x = run(self.bottom, self.checkpointing, maps[4])
-        for up, skip in zip(self.ups, reversed(skips)):
-            x = run(up, self.checkpointing, x, skip)
+        skip = run(self.skips[0], self.checkpointing, volume)
+        x = run(self.ups[4], self.checkpointing, self.decode(self.encoder(volume)), skip)
         return self.out(x)[:, :, :nx, :ny, :nz]
+
+    def decode(self, maps, ups=4):
+        """The encoder's maps -> the decoder's after `ups` of its steps, tokens of 16, 8, 4 or 2 voxels."""
+        x = run(self.bottom, self.checkpointing, maps[4])
+        for k, up in enumerate(self.ups[:ups]):
+            skip = run(self.skips[4 - k], self.checkpointing, maps[3 - k]) if k else maps[3]
+            x = run(up, self.checkpointing, x, skip)
+        return x
 
 
 class UNETR(nn.Module):

@@ -3,7 +3,8 @@
     python pretrain.py configs/demo.py                                  one process
     torchrun --nproc_per_node=8 pretrain.py configs/ct.py --batch=8     eight GPUs; --nnodes: more machines
 
-Started again with the same name it goes on from runs/<name>/last.pt; stage 2 reads runs/<name>/encoder.pt.
+Started again with the same name it goes on from runs/<name>/last.pt; stage 2 reads runs/<name>/encoder.pt, or
+network.pt beside it where the decoder learned as well (--decoder=True).
 """
 import copy
 import dataclasses
@@ -15,14 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from einops import rearrange, reduce
+import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
 from torch import nn
 
 import configs
 import data
 import losses
 import run
-from model import Projector, Swin3D, WeightsError, load_weights, read_file
+from model import Projector, Swin3D, SwinUNETR, WeightsError, load_weights, read_file
 
 
 @dataclasses.dataclass
@@ -67,6 +69,7 @@ class Config(data.Config):
     # objective
     weights: tuple = (1.0, 1.0, 1.0)    # of L_g, L_p2p, L_p2s; paper, Eq. 9 (released code 0.5 each)
     token_patch: int = 8            # voxels a token spans: 2 4 8 16 32 by map; ours (released code 32)
+    decoder: bool = False           # token losses on Swin-UNETR's decoder's map of such tokens as well; ours
     tokens: str = "body"            # that take part: of the body, or all "inside" the scan; ours (paper: all)
     matching: str = "dual_softmax"  # paper; or "sinkhorn" (released script)
     temperature: float = 0.1        # of Eq. 4; ours (released code: none, that is 1)
@@ -136,36 +139,52 @@ class Network(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.crop, self.level = cfg.crop, int(math.log2(cfg.token_patch)) - 1
-        self.encoder = Swin3D(cfg.in_channels, cfg.feature_size, cfg.depths, cfg.num_heads, cfg.window_size,
-                              cfg.v2, cfg.merge, cfg.checkpointing)
-        self.token_head = Projector(cfg.feature_size * 2 ** self.level, cfg.hidden, cfg.embedding)
+        keys = "feature_size", "depths", "num_heads", "window_size", "v2", "merge", "checkpointing"
+        swin, width = {key: getattr(cfg, key) for key in keys}, cfg.feature_size * 2 ** self.level
+        self.swin_unetr = SwinUNETR(cfg.in_channels, 1, **swin) if cfg.decoder else None
+        self.encoder = self.swin_unetr.encoder if cfg.decoder else Swin3D(cfg.in_channels, **swin)
+        self.token_head = Projector(width, cfg.hidden, cfg.embedding)
         self.standard = Standard(cfg.feature_size * 16)
         self.global_head = nn.Linear(cfg.feature_size * 16, cfg.embedding, bias=False)
         if cfg.matching == "sinkhorn":
             self.bin_score = nn.Parameter(torch.tensor(cfg.sinkhorn_bin))
+        if cfg.decoder:
+            self.decoder_head, self.ups = Projector(width, cfg.hidden, cfg.embedding), 4 - self.level
+            # what lies behind the map of such tokens is taught in stage 2 alone
+            whole = self.swin_unetr
+            for part in (*whole.skips[:5 - self.ups], *whole.ups[self.ups:], whole.out):
+                part.requires_grad_(False)
 
     def forward(self, slab, keep, twin=None):
         """Encode the crops of a slab that `keep` names, and a moved crop of each slab.
 
         slab (b, c, x, y, z);  keep (b, n) bool, n crops, the last axis first;  twin (b, c, x, y, z) or None
-        -> tokens (b, t, e) on the slab's one grid, embeddings (b, n, e) and pooled features (b, n, f), with
-        the twin's at the end (b, n + 1, ..). Of the other crops all are 0.
+        -> tokens (b, t, e) on the slab's one grid, behind the encoder's the decoder's if that learns (2 b, t,
+        e), embeddings (b, n, e) and pooled features (b, n, f), with the twin's at the end (b, n + 1, ..). Of
+        the other crops all are 0.
         """
         (x, y, z), b = self.crop, len(slab)
         ni, nj, nk = (s // c for s, c in zip(slab.shape[2:], self.crop))
         crops = rearrange(slab, "b c (ni x) (nj y) (nk z) -> (b ni nj nk) c x y z", x=x, y=y, z=z)
         kept = rearrange(keep, "b n -> (b n)").nonzero().squeeze(1)
         maps = self.encoder(torch.cat([crops[kept], crops[:0] if twin is None else twin]))
-        fine = self.token_head(rearrange(maps[self.level][:len(kept)], "n c i j k -> n i j k c"))
-        tokens = fine.new_zeros(len(crops), *fine.shape[1:]).index_copy(0, kept, fine)
-        tokens = rearrange(tokens, "(b ni nj nk) i j k e -> b (ni i nj j nk k) e", b=b, ni=ni, nj=nj, nk=nk)
+        of_slabs = [x[:len(kept)] for x in maps]
+        found, tokens = [(self.token_head, of_slabs[self.level])], []
+        if self.swin_unetr is not None:         # a map as wide; of no crop at all the same nothing
+            decoded = self.swin_unetr.decode(of_slabs, self.ups) if len(kept) else of_slabs[self.level]
+            found.append((self.decoder_head, decoded))
+        for head, x in found:
+            fine = head(rearrange(x, "n c i j k -> n i j k c"))
+            fine = fine.new_zeros(len(crops), *fine.shape[1:]).index_copy(0, kept, fine)
+            tokens.append(rearrange(fine, "(b ni nj nk) i j k e -> b (ni i nj j nk k) e", b=b, ni=ni, nj=nj,
+                                    nk=nk))
         pooled = reduce(maps[-1], "n c i j k -> n c", "mean")
         parts = []
         for x in (self.global_head(self.standard(pooled)), pooled.detach()):
             part = rearrange(x.new_zeros(len(crops), x.shape[1]).index_copy(0, kept, x[:len(kept)]),
                              "(b n) e -> b n e", b=b)
             parts.append(torch.cat([part, rearrange(x[len(kept):], "(b n) e -> b n e", b=b)], dim=1))
-        return tokens, *parts
+        return torch.cat(tokens), *parts
 
 
 class Queue:
@@ -231,6 +250,14 @@ def follow(teacher, student, momentum):
         slow.lerp_(fast, 1 - momentum)
 
 
+def of_maps(batch, maps):
+    """pairs, valid and valid_ of a batch, once for each of the maps whose tokens lie behind one another."""
+    valid, valid_ = (repeat(batch[name], "b t -> (maps b) t", maps=maps) for name in ("valid", "valid_"))
+    first = torch.arange(maps, device=valid.device) * len(batch["valid"])           # sample of each map
+    offset = F.pad(rearrange(first, "maps -> maps 1 1"), (0, 2))                    # b, i, j
+    return rearrange(batch["pairs"] + offset, "maps m bij -> (maps m) bij"), valid, valid_
+
+
 def crops_seen(valid, cfg):
     """(b, n) bool: the crops of a slab with a token that takes part, of valid (b, t); all under compile."""
     ni, nj, nk = (s // c for s, c in zip(cfg.slab, cfg.crop))
@@ -247,6 +274,8 @@ def check(cfg, ranks):
          f"twin_scale = {cfg.twin_scale}, expected (least, largest), both above 0"),
         (cfg.token_patch in (2, 4, 8, 16, 32),
          f"token_patch = {cfg.token_patch}, expected 2, 4, 8, 16 or 32"),
+        (not cfg.decoder or cfg.token_patch < 32,
+         f"decoder = True: its maps have tokens of 2 to 16 voxels, found token_patch = {cfg.token_patch}"),
         (cfg.matching in ("dual_softmax", "sinkhorn"),
          f"matching = {cfg.matching!r}, expected 'dual_softmax' or 'sinkhorn'"),
         (cfg.structure in ("printed", "sum", "mean", "released"),
@@ -382,6 +411,16 @@ def save_encoder(path, student, cfg, step, origin):
              keep=True)
 
 
+def save_network(path, student, cfg, origin):
+    """network.pt, of a run whose decoder learns: encoder and decoder, for stage 2 to start from both."""
+    whole = student.swin_unetr
+    if whole is None:
+        return
+    weights = {name: x for name, x in whole.state_dict().items() if not name.startswith("out.")}
+    run.save(path, dict(format="s2dc/finetune", model=weights, arguments=whole.arguments, seen=origin["seen"],
+                        preprocessing=data.preprocessing(cfg)), keep=True)
+
+
 def heading(cfg, scans, student, crop_grid, token_grid, ranks, first):
     """What of the run is not in its config."""
     cached = sum(Path(f"{scan.stem}.image.npy").stat().st_size for scan in scans) / 1e9
@@ -479,10 +518,11 @@ def main(argv):
             query, places = embeddings[b, chosen], (rank * cfg.accumulate + a) * len(V) + b
             key, now = keys[places, -1], others_of_step(keys, subjects, places, batch["apart"])
             negatives, allowed = negatives_of(cfg, *now, queue, subjects[places])       # (K, e), (b, K)
+            pairs, valid, valid_ = of_maps(batch, 1 + cfg.decoder)
             out = losses.s2dc_loss(
-                tokens, tokens_, batch["pairs"], query, key, negatives, allowed=allowed, weights=cfg.weights,
+                tokens, tokens_, pairs, query, key, negatives, allowed=allowed, weights=cfg.weights,
                 matching=cfg.matching, temperature=cfg.temperature, global_temperature=cfg.global_temperature,
-                form=cfg.structure, detach=cfg.structure_detach, valid=batch["valid"], valid_=batch["valid_"],
+                form=cfg.structure, detach=cfg.structure_detach, valid=valid, valid_=valid_,
                 bin_score=getattr(student, "bin_score", None), iterations=cfg.sinkhorn_iterations)
             (out["loss"] / cfg.accumulate).backward()
             out |= losses.recognition(query, key, now[0], cfg.global_temperature, now[1])
@@ -516,9 +556,11 @@ def main(argv):
             save_encoder(folder / f"encoder-{done}.pt", student, cfg, done, origin)
         if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
             save_encoder(folder / "encoder.pt", student, cfg, done, origin)
+            save_network(folder / "network.pt", student, cfg, origin)
             save_state(folder / "last.pt", student, teacher, optimizer, queue, cfg, done, origin["seen"],
                        len(scans))
-    say(f"{cfg.steps} steps in {run.clock(time.time() - began)}; encoder: {folder}/encoder.pt")
+    say(f"{cfg.steps} steps in {run.clock(time.time() - began)}; encoder: {folder}/encoder.pt"
+        + f", with its decoder: {folder}/network.pt" * cfg.decoder)
     del lock            # another process may train under this name now
     if ranks > 1:
         del model       # before its process group: the other way round gloo may hang

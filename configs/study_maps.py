@@ -4,7 +4,7 @@ phantoms.
     python -m lab.phantom --demo
     python -m lab.study configs/study_maps.py
 
-Rows with a method are in lab/rivals/variants.py; `file`: stage 2 starts from a decoder that was taught, too.
+A row with a method is in lab/rivals/variants.py; `file`: stage 2 starts from a decoder that learned as well.
 Row by row where time is short: --rows and --shots of some, the tables then hold these.
 """
 name = "study_maps"
@@ -17,8 +17,8 @@ rows = {
     "tokens of 16 voxels": {"token_patch": 16},
     "tokens of 32 voxels": {"token_patch": 32},
     "tokens of 8, 16 and 32 voxels": {"method": "maps"},
-    "the decoder's map of 8 voxels, too": {"method": "decoder_8", "file": "network.pt"},
-    "the decoder's map of 4 voxels, too": {"method": "decoder", "file": "network.pt"},
+    "the decoder's map of 8 voxels, too": {"decoder": True, "file": "network.pt"},
+    "the decoder's map of 4 voxels, too": {"method": "decoder_4", "file": "network.pt"},
     "L_g + L_p2s, released form": {"weights": (1, 0, 1), "structure": "released"},
     "tokens inside the scan, air too": {"tokens": "inside"},
     "a queue, as printed": {"negatives": "queue", "queue": 128},

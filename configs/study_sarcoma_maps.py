@@ -13,7 +13,7 @@ workers = 0
 rows = {
     "scratch": None,
     "tokens of 8 voxels": {},
-    "the decoder's map of 8 voxels, too": {"method": "decoder_8", "file": "network.pt"},
+    "the decoder's map of 8 voxels, too": {"decoder": True, "file": "network.pt"},
     "tokens of 8, 16 and 32 voxels": {"method": "maps"},
 }
 shots = dict.fromkeys(rows, (8,))

@@ -140,10 +140,10 @@ def test_a_row_may_start_from_an_encoder_that_is_there():
 
 
 def test_a_row_may_fine_tune_more_of_its_run_than_the_encoder():
-    cfg = study.Config(rows={"more": {"method": "decoder", "file": "network.pt"}}, seeds=(2,), shots={"more": (5,)},
+    cfg = study.Config(rows={"more": {"method": "decoder_4", "file": "network.pt"}}, seeds=(2,), shots={"more": (5,)},
                        pretrain_config="p.py", finetune_config="f.py", runs="r")
     parts = study.plan("more", 2, cfg)
-    assert "--init=r/study/more-2/network.pt" in parts["5"][0] and "--method=decoder" in parts["pretrain"][0]
+    assert "--init=r/study/more-2/network.pt" in parts["5"][0] and "--method=decoder_4" in parts["pretrain"][0]
     assert not [flag for part in parts.values() for command in part for flag in command if "--file" in flag]
     assert cfg.rows["more"]["file"] == "network.pt"                 # for the next seed
 

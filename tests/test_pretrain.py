@@ -28,7 +28,7 @@ import data
 import losses
 import pretrain
 from lab import phantom
-from model import Swin3D, load_weights
+from model import Swin3D, SwinUNETR, load_weights
 
 HERE = Path(pretrain.__file__).parent
 TINY = dict(slab=(64, 64, 64), crop=(64, 64, 64), token_patch=8, feature_size=4, num_heads=(1, 1, 1, 1), depths=(1, 1, 1, 1),
@@ -201,6 +201,7 @@ FOUR = dict(name="four", batch=4, steps=1, warmup=1, v2=False)
 ONE = dict(name="one", steps=1, warmup=1, v2=False)
 WIDE = dict(name="wide", slab=(128, 64, 64), steps=3, warmup=1, v2=False)
 P2P = dict(name="p2p_alone", weights=(0, 1, 0), steps=2, v2=False)
+DECODER = dict(name="decoder", decoder=True, slab=(128, 64, 64), steps=2, v2=False)
 SINKHORN = dict(name="sinkhorn", matching="sinkhorn", sinkhorn_iterations=10, steps=2, v2=False)
 
 
@@ -210,7 +211,7 @@ def two(place, killed, ten):
     for runs in ("two", "elsewhere"):
         shutil.copytree(killed.parent, place / runs)
     shutil.rmtree(place / "elsewhere/ten")
-    jobs = [dict(FOUR, accumulate=2), WIDE, P2P, SINKHORN, dict(TEN, log_every=3)]
+    jobs = [dict(FOUR, accumulate=2), WIDE, P2P, SINKHORN, DECODER, dict(TEN, log_every=3)]
     jobs = [[argv(place, runs=place / "two", **keys)] for keys in jobs]
     shutil.copytree(killed, place / "disagree/ten")
     jobs.append([argv(place, runs=place / runs, **TEN) for runs in ("disagree", "elsewhere")])
@@ -234,7 +235,7 @@ def test_torchrun_of_two_equals_one_process_of_two_passes(place):
     assert last(run)["queue_count"] == 20                           # more than the queue holds
 
 
-@pytest.mark.parametrize("keys", [WIDE, P2P, SINKHORN], ids=lambda keys: keys["name"])
+@pytest.mark.parametrize("keys", [WIDE, P2P, SINKHORN, DECODER], ids=lambda keys: keys["name"])
 def test_two_processes_equal_one_of_two_passes(place, two, keys):
     assert_equal(two / keys["name"], alone(place, **keys, accumulate=2))
 
@@ -255,8 +256,8 @@ def test_two_processes_go_on_from_a_checkpoint_of_one(place, two, killed):
 
 def test_processes_that_see_different_checkpoints_are_refused(place, two):
     for rank in (0, 1):
-        text = (place / f"jobs-5-{rank}").read_text()
-        assert "steps [0, 4]" in text and "disagree/ten" in (place / "jobs-5-0").read_text() and "\n" not in text
+        text = (place / f"jobs-6-{rank}").read_text()
+        assert "steps [0, 4]" in text and "disagree/ten" in (place / "jobs-6-0").read_text() and "\n" not in text
     assert not (place / "elsewhere/ten").exists() and last(place / "disagree/ten")["step"] == 4
 
 
@@ -427,7 +428,7 @@ REFUSED = [
     (dict(num_heads=(3, 1, 1, 1)), "num_heads"), (dict(merge="some"), "merge"), (dict(depths=(2, 2)), "depths"),
     (dict(sharpness=1), "sharpness"), (dict(scale=(2.0, 1.0)), "scale = (2.0, 1.0)"), (dict(workers=100000), "workers = 100000"),
     (dict(twin_scale=(0.0, 1.0)), "twin_scale"), (dict(tokens="all"), "tokens = 'all'"), (dict(negatives="none"), "negatives ="),
-    (dict(negatives="step", batch=1, queue=1), "a batch of one crop has no other"),
+    (dict(decoder=True, token_patch=32), "found token_patch = 32"), (dict(negatives="step", batch=1, queue=1), "a batch of one crop has no other"),
 ]
 
 
@@ -466,6 +467,36 @@ def test_encoder_file_loads_with_its_preprocessing(place, ten, capsys):
     assert all(torch.equal(student[f"encoder.{name}"], tensor) for name, tensor in final.items())
     assert last(run)["preprocessing"] == data.preprocessing(cfg)
     assert load_weights(Swin3D(**last(run)["arguments"]), run / "last.pt")["loaded"] == len(encoder.state_dict())
+
+
+def test_a_decoder_that_learned_goes_on_and_is_there_for_stage_2(place, monkeypatch):
+    """Stopped after two of three steps and not; network.pt holds the student's encoder and decoder but for the last layer."""
+    keys, save = dict(name="decoded", decoder=True, steps=3, save_every=2, v2=False), pretrain.save_state
+
+    def save_and_copy(path, *rest):
+        save(path, *rest)
+        if rest[5] == 2:
+            shutil.copytree(path.parent, place / "stopped/decoded")
+
+    monkeypatch.setattr(pretrain, "save_state", save_and_copy)
+    run = alone(place, **keys)
+    monkeypatch.undo()
+    again = alone(place, runs=place / "stopped", **keys)
+    assert [line["resumed"] for line in log(again)[0]] == [0, 2]
+    assert_equal(again, run)
+    student, network = last(run)["student"], SwinUNETR(1, 5, **{k: v for k, v in last(run)["arguments"].items() if k != "in_channels"})
+    report = load_weights(network, run / "network.pt")
+    assert report["reasons"] == {} and set(report["initial"]) == {"out"}
+    load_weights(encoder := Swin3D(**last(run)["arguments"]), run / "encoder.pt")
+    for name, tensor in network.state_dict().items():
+        if not name.startswith("out."):
+            assert torch.equal(tensor, student[f"swin_unetr.{name}"])
+        if name.startswith("encoder."):
+            assert torch.equal(tensor, encoder.state_dict()[name[8:]]) and torch.equal(tensor, student[name])
+    whole, part = (torch.load(run / name, weights_only=True) for name in ("network.pt", "encoder.pt"))
+    assert whole["preprocessing"] == part["preprocessing"] == data.preprocessing(config(place, **keys))
+    assert whole["seen"] == part["seen"] and len(whole["seen"]) > 3
+    assert not (alone(place, **keys | dict(name="not_decoded", decoder=False)) / "network.pt").exists()
 
 
 def test_run_starts_from_an_encoder(place, ten):
@@ -515,16 +546,26 @@ def test_queue_overwrites_the_oldest_first():
     assert queue.filled()[0].data_ptr() == queue.keys.data_ptr()
 
 
-def grid_tokens(network, volume, cfg):
+def decoder_map(network, crop, patch):
+    """The decoder's map with tokens of patch voxels, overheard in Swin-UNETR's own forward pass."""
+    seen = []
+    hook = network.swin_unetr.ups[{16: 0, 8: 1, 4: 2, 2: 3}[patch]].register_forward_hook(lambda _, __, x: seen.append(x))
+    network.swin_unetr(crop)
+    hook.remove()
+    return seen[0]
+
+
+def grid_tokens(network, volume, cfg, decoder=False):
     """(1, t, e) tokens of a volume (1, c, x, y, z): every crop encoded alone, each of its tokens put to its place by loops."""
     rows, level = {}, {2: 0, 4: 1, 8: 2, 16: 3, 32: 4}[cfg.token_patch]
     for x, y, z in itertools.product(*(range(0, s, c) for s, c in zip(cfg.slab, cfg.crop))):
         crop = volume[:, :, x:x + cfg.crop[0], y:y + cfg.crop[1], z:z + cfg.crop[2]]
-        features = network.encoder(crop)[level][0]
+        features = (decoder_map(network, crop, cfg.token_patch) if decoder else network.encoder(crop)[level])[0]
         for i, j, k in itertools.product(*map(range, features.shape[1:])):
             rows[x // cfg.token_patch + i, y // cfg.token_patch + j, z // cfg.token_patch + k] = features[:, i, j, k]
     grid = [s // cfg.token_patch for s in cfg.slab]
-    return network.token_head(torch.stack([rows[at] for at in itertools.product(*map(range, grid))])[None])
+    head = network.decoder_head if decoder else network.token_head
+    return head(torch.stack([rows[at] for at in itertools.product(*map(range, grid))])[None])
 
 
 def features(network, crop):
@@ -636,9 +677,9 @@ def test_a_slab_that_the_scans_hardly_fill_is_refused(place):
     assert "Set slab = (64, 64, 64) and crop = (64, 64, 64)" in text and not (place / "runs/empty").exists()
 
 
-@pytest.mark.parametrize("patch", [8, 16])
-def test_tokens_of_all_crops_land_on_the_one_grid_of_the_slab(place, patch):
-    cfg = config(place, slab=(128, 64, 192), crop=(64, 64, 96), token_patch=patch)
+@pytest.mark.parametrize("patch, decoder", [(8, False), (16, False), (8, True), (16, True), (4, True)])
+def test_tokens_of_all_crops_land_on_the_one_grid_of_the_slab(place, patch, decoder):
+    cfg = config(place, slab=(128, 64, 192), crop=(64, 64, 96), token_patch=patch, decoder=decoder)
     torch.manual_seed(1)
     network = pretrain.Network(cfg).requires_grad_(False)
     slab, twin = torch.rand(2, 1, 128, 64, 192), torch.rand(2, 1, 64, 64, 96)
@@ -646,13 +687,17 @@ def test_tokens_of_all_crops_land_on_the_one_grid_of_the_slab(place, patch):
     network.standard.follow(torch.randn(40, 64) * 3 + 1)
     tokens, embeddings, seen = network(slab, keep)
     same, with_twin, seen_with_twin = network(slab, keep, twin)
-    close = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-5)
+    close = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-4 if decoder else 1e-5)      # more layers
     close(tokens, same)
-    by_hand = torch.cat([grid_tokens(network, v[None], cfg) for v in slab])
+    maps = (False, True)[:1 + decoder]          # the encoder's tokens, then the decoder's
+    by_hand = torch.cat([grid_tokens(network, v[None], cfg, which) for which in maps for v in slab])
     x, _, z = torch.meshgrid(*[torch.arange(s // patch) for s in cfg.slab], indexing="ij")
     skipped = ((x < 64 // patch) & (z >= 96 // patch)).flatten()
-    by_hand[1, skipped] = 0
+    by_hand[1::2, skipped] = 0
     close(tokens, by_hand)
+    nothing, _, of_twins = network(slab, torch.zeros_like(keep), twin)          # a V' that shows air alone
+    close(of_twins[:, 4], features(network, twin))
+    assert nothing.shape == tokens.shape and (nothing == 0).all()
     close(embeddings[0:1, 1], pooled(network, slab[0:1, :, :64, :, 96:]))
     close(embeddings[1:2, 2], pooled(network, slab[1:2, :, 64:, :, :96]))
     assert (embeddings[1, 1] == 0).all()
@@ -715,19 +760,21 @@ def written_out(cfg, student, teacher, batch, ring):
     terms = []
     for b in range(len(V)):
         x, y, z = batch["crop"][b].tolist()
-        with torch.no_grad():
-            tokens_, queue = grid_tokens(teacher, V_[b:b + 1], cfg), others(cfg, batch, keys, b, ring)
+        queue = others(cfg, batch, keys, b, ring)
         query = pooled(student, V[b:b + 1, :, x:x + cfg.crop[0], y:y + cfg.crop[1], z:z + cfg.crop[2]])
-        sim = losses.similarity(grid_tokens(student, V[b:b + 1], cfg), tokens_)
+        L_g = losses.info_nce(query, keys[b, "twin"][None], queue, cfg.global_temperature)
         M_gt = data.correspondence(batch["H"][b:b + 1], grid, cfg.token_patch)
         valid, valid_ = batch["valid"][b:b + 1], batch["valid_"][b:b + 1]
-        if cfg.matching == "sinkhorn":
-            M_hat = losses.sinkhorn(sim, cfg.temperature, student.bin_score, cfg.sinkhorn_iterations, valid, valid_)
-        else:
-            M_hat = losses.dual_softmax(sim, cfg.temperature, valid, valid_)
-        L_g = losses.info_nce(query, keys[b, "twin"][None], queue, cfg.global_temperature)
-        L_p2s = losses.patch_to_structure(M_hat, M_gt, sim, cfg.structure, cfg.structure_detach, valid, valid_)
-        terms.append(torch.stack([L_g, losses.patch_to_patch(M_hat, M_gt), L_p2s]))
+        for decoder in (False, True)[:1 + cfg.decoder]:             # each map has half a say
+            with torch.no_grad():
+                tokens_ = grid_tokens(teacher, V_[b:b + 1], cfg, decoder)
+            sim = losses.similarity(grid_tokens(student, V[b:b + 1], cfg, decoder), tokens_)
+            if cfg.matching == "sinkhorn":
+                M_hat = losses.sinkhorn(sim, cfg.temperature, student.bin_score, cfg.sinkhorn_iterations, valid, valid_)
+            else:
+                M_hat = losses.dual_softmax(sim, cfg.temperature, valid, valid_)
+            L_p2s = losses.patch_to_structure(M_hat, M_gt, sim, cfg.structure, cfg.structure_detach, valid, valid_)
+            terms.append(torch.stack([L_g, losses.patch_to_patch(M_hat, M_gt), L_p2s]))
     twins = [(keys[b, "twin"] / keys[b, "twin"].norm(), scan) for b, scan in enumerate(batch["id"])]
     mine = crops_of_step(cfg, batch["valid"], V)
     for b in range(len(V)):
@@ -788,7 +835,10 @@ def test_four_steps_equal_the_same_written_out(place):
 
 
 ABLATIONS = [dict(weights=(1, 0, 0)), dict(negatives="queue"), dict(negatives="both", tokens="inside"), dict(weights=(0, 1, 0)), dict(matching="sinkhorn", sinkhorn_iterations=10),
-             dict(structure="printed"), dict(structure="mean"), dict(structure="released"), dict(token_patch=16)]
+             dict(structure="printed"), dict(structure="mean"), dict(structure="released"), dict(token_patch=16), dict(decoder=True),
+             dict(decoder=True, token_patch=16, matching="sinkhorn")]
+UNTAUGHT = {8: ("skips.0.", "skips.1.", "skips.2.", "ups.2.", "ups.3.", "ups.4.", "out."),
+            16: ("skips.", "ups.1.", "ups.2.", "ups.3.", "ups.4.", "out.")}
 
 
 @pytest.mark.parametrize("keys", ABLATIONS, ids=lambda keys: "-".join(map(str, keys.values())))
@@ -807,8 +857,12 @@ def test_ablations_are_switches(place, keys):
     # what a switched-off term alone would train only decays, by both steps' rates: 1e-3 and 5e-4
     idle = {(1, 0, 0): ("token_head.",), (0, 1, 0): ("global_head.", "encoder.stages.2.", "encoder.stages.3.")}
     idle = idle.get(cfg.weights, ())
+    untaught = tuple(f"swin_unetr.{name}" for name in UNTAUGHT[cfg.token_patch])        # of the decoder: as they were
     for key, value in start.items():
         decayed = value * (1 - 1e-4) * (1 - 5e-5) if value.ndim > 1 else value
+        if key.startswith(untaught):
+            assert torch.equal(after[key], value), key
+            continue
         still = torch.allclose(after[key], decayed, rtol=1e-6, atol=1e-9)
         assert still if key.startswith(idle) else not still, key
     if cfg.matching == "sinkhorn":

@@ -1,8 +1,9 @@
 """Not rivals: S2DC itself with its token losses on other maps, in the form of a rival, to be held against it.
 
 At one crop a slab, tokens of 8 voxels, dual softmax and negatives of the step "s2dc" computes what
-pretrain.py does, but for initial weights. Budgets count passes of the encoder; a decoder comes on top. Where
-one learns, network.pt is beside encoder.pt: `finetune --init` of it starts from both.
+pretrain.py does, but for initial weights. Budgets count passes of the encoder; the decoder comes on top.
+Where it learns, network.pt is beside encoder.pt: `finetune --init` of it starts from both. The decoder's map
+of tokens as large as the encoder's needs no variant: `pretrain.py --decoder=True`.
 """
 import copy
 
@@ -18,7 +19,7 @@ from model import Projector, SwinUNETR
 from tasks import swin
 
 # voxels a token of the encoder's maps and of the decoder's that are taught
-MAPS = {"s2dc": ((8,), ()), "maps": ((8, 16, 32), ()), "decoder": ((8,), (4,)), "decoder_8": ((8,), (8,))}
+MAPS = {"s2dc": ((8,), ()), "maps": ((8, 16, 32), ()), "decoder_4": ((8,), (4,))}
 
 
 class Student(nn.Module):
