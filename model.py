@@ -328,8 +328,8 @@ class SwinUNETR(nn.Module):
         if max(nx, ny, nz) <= 32:
             raise ValueError(f"volume: expected one of x y z longer than 32 voxels, found {nx} {ny} {nz}")
         volume = pad(volume, (32, 32, 32), first=2)
-        skip = run(self.skips[0], self.checkpointing, volume)
-        x = run(self.ups[4], self.checkpointing, self.decode(self.encoder(volume)), skip)
+        x = self.decode(self.encoder(volume))
+        x = run(self.ups[4], self.checkpointing, x, run(self.skips[0], self.checkpointing, volume))
         return self.out(x)[:, :, :nx, :ny, :nz]
 
     def decode(self, maps, ups=4):
@@ -502,14 +502,15 @@ def window_of(table):
     return (round(len(table) ** (1 / 3)) + 1) // 2
 
 
-# What public files call things, rewritten in this order to MONAI's names. model_swinvit.pt has no "swinViT."
-# and its own names in the MLP, ssl_pretrained_weights.pth one 0 more; SuPreM and VoCo write swin_vit.
+# Public files' names, rewritten in this order to MONAI's: model_swinvit.pt has no "swinViT." and own names in
+# the MLP, ssl_pretrained_weights.pth one 0 more; SuPreM and VoCo write swin_vit.
 WRAPPERS = r"^(module\.|_orig_mod\.)+"                     # DDP, torch.compile
 PUBLIC = [(r"^swin_vit\.", "swinViT."), (r"^(?=(patch_embed|layers\dc?)\.)", "swinViT."),
           (r"^(swinViT\.layers\dc?\.0\.)0\.", r"\1"), (r"\.mlp\.fc([12])\.", r".mlp.linear\1.")]
 ROOTS = ("backbone.", "student.", "encoder.", "")          # under which of them is the encoder?
 MONAI_NAME = re.compile(r"(swinViT|encoder(1|2|3|4|10)|decoder[1-5]|out)\.")
 CONTAINERS = ("state_dict", "model", "net", "network_weights", "student")
+PART = re.compile(r"(skips|ups)\.\d|\w+")                  # what a file holds as a whole or not at all
 FIRST = ("encoder.embed.weight", "skips.0.conv1.weight", "skips.0.match.weight")   # see the input channels
 # MONAI's trainer stores its best score as a numpy number, which is a value like a tensor, and no code.
 SCALAR = np.float64(0).__reduce__()[0]
@@ -650,9 +651,8 @@ def fit(path, state, own, label):
             raise WeightsError(f"{path}: {name} holds numbers that are not finite or not floating point")
         else:
             chosen[name] = tensor
-    parts = {name.split(".")[0] for name in state if name in own} | {"encoder"}     # each is there as a whole
-    lost = [name for name in own if name not in state and name.split(".")[0] in parts]
-    if lost:
+    parts = {PART.match(name)[0] for name in state if name in own} | {"encoder"}    # each is there as a whole
+    if lost := [name for name in own if name not in state and PART.match(name)[0] in parts]:
         more = ", .." if len(lost) > 3 else ""
         raise WeightsError(f"{path}: lacks {len(lost)} tensors of the model: {', '.join(lost[:3])}{more}")
     return chosen, skipped, inflated
@@ -661,14 +661,14 @@ def fit(path, state, own, label):
 def load_weights(model, path, downsample="legacy"):
     """Load a file of weights into a network of this file, or WeightsError before anything of it is changed.
 
-    Reads this project's checkpoints (encoder.pt; of pre-training's last.pt the student; those of fine-tuning,
-    the only ones for a UNETR) and MONAI's (model_swinvit.pt, ssl_pretrained_weights.pth, any state_dict),
-    VoCo's and VoCo-large's, SuPreM's and the released S2DC's, told apart by their names. The latter cannot
-    say how they merge: `downsample` does, as in `from_monai`; "legacy" holds for public files before 2025.
+    Reads this project's checkpoints (encoder.pt, network.pt; of pre-training's last.pt the student's encoder;
+    those of fine-tuning, the only ones for a UNETR) and MONAI's (model_swinvit.pt, any state_dict), VoCo's
+    and VoCo-large's, SuPreM's and the released S2DC's, told apart by their names. The latter cannot say how
+    they merge: `downsample` does, as in `from_monai`; "legacy" holds for public files before 2025.
 
     The encoder loads as a whole: no v1 file into a v2 model or the reverse (its convolutions would stay
-    untrained, or be lost), no other size. Any other part of the model (skips, bottom, ups, out, head) loads
-    as a whole if the file has it, and else stays as initialised. See `fit` for what is skipped or inflated.
+    untrained, or be lost), no other size. Any other part of the model (a skip, bottom, an up, out, head)
+    loads whole if the file has it, else stays as initialised. See `fit` for what is skipped or inflated.
     Returns and prints the report: file, loaded + skipped = total (tensors in the file), reasons {part of the
     file: why skipped}, initial {part of the model: tensors left as initialised}, inflated (names)."""
     content = read_file(path)

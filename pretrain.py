@@ -42,7 +42,7 @@ class Config(data.Config):
     v2: bool = True                 # residual convolutions at the head of each stage; released code
     merge: str = "all"              # patch merging; "legacy" to start from an older public checkpoint
     checkpointing: bool = False     # recompute activations in backward: less memory, more time
-    init: str = ""                  # encoder weights to start from, any kind that model.load_weights knows
+    init: str = ""                  # weights to start from, of any kind that model.load_weights knows
     hidden: int = 2048              # width of the tokens' projector; released code
     embedding: int = 512            # output of both heads; released code
     # a training sample
@@ -69,7 +69,7 @@ class Config(data.Config):
     # objective
     weights: tuple = (1.0, 1.0, 1.0)    # of L_g, L_p2p, L_p2s; paper, Eq. 9 (released code 0.5 each)
     token_patch: int = 8            # voxels a token spans: 2 4 8 16 32 by map; ours (released code 32)
-    decoder: bool = False           # token losses on Swin-UNETR's decoder's map of such tokens as well; ours
+    decoder: bool = False           # token losses half on Swin-UNETR's decoder's map of such tokens; ours
     tokens: str = "body"            # that take part: of the body, or all "inside" the scan; ours (paper: all)
     matching: str = "dual_softmax"  # paper; or "sinkhorn" (released script)
     temperature: float = 0.1        # of Eq. 4; ours (released code: none, that is 1)
@@ -134,7 +134,8 @@ class Standard(nn.Module):
 
 
 class Network(nn.Module):
-    """Encoder and a head for tokens and one for crops: the student, and by deep copy the teacher."""
+    """Encoder, decoder if that learns, heads for tokens and one for crops: the student, by deep copy the
+    teacher."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -150,18 +151,16 @@ class Network(nn.Module):
             self.bin_score = nn.Parameter(torch.tensor(cfg.sinkhorn_bin))
         if cfg.decoder:
             self.decoder_head, self.ups = Projector(width, cfg.hidden, cfg.embedding), 4 - self.level
-            # what lies behind the map of such tokens is taught in stage 2 alone
-            whole = self.swin_unetr
-            for part in (*whole.skips[:5 - self.ups], *whole.ups[self.ups:], whole.out):
-                part.requires_grad_(False)
+            for name, p in self.swin_unetr.named_parameters():
+                p.requires_grad_(learns(name, self.ups))
 
     def forward(self, slab, keep, twin=None):
         """Encode the crops of a slab that `keep` names, and a moved crop of each slab.
 
         slab (b, c, x, y, z);  keep (b, n) bool, n crops, the last axis first;  twin (b, c, x, y, z) or None
-        -> tokens (b, t, e) on the slab's one grid, behind the encoder's the decoder's if that learns (2 b, t,
-        e), embeddings (b, n, e) and pooled features (b, n, f), with the twin's at the end (b, n + 1, ..). Of
-        the other crops all are 0.
+        -> tokens (b, t, e) on the slab's one grid, with a decoder (2 b, t, e): its tokens after all of the
+        encoder's; embeddings (b, n, e) and pooled features (b, n, f), with the twin's at the end (b, n + 1,
+        ..). Of the other crops all are 0.
         """
         (x, y, z), b = self.crop, len(slab)
         ni, nj, nk = (s // c for s, c in zip(slab.shape[2:], self.crop))
@@ -170,7 +169,7 @@ class Network(nn.Module):
         maps = self.encoder(torch.cat([crops[kept], crops[:0] if twin is None else twin]))
         of_slabs = [x[:len(kept)] for x in maps]
         found, tokens = [(self.token_head, of_slabs[self.level])], []
-        if self.swin_unetr is not None:         # a map as wide; of no crop at all the same nothing
+        if self.swin_unetr is not None:         # no norm takes an empty batch; both maps have one shape
             decoded = self.swin_unetr.decode(of_slabs, self.ups) if len(kept) else of_slabs[self.level]
             found.append((self.decoder_head, decoded))
         for head, x in found:
@@ -185,6 +184,13 @@ class Network(nn.Module):
                              "(b n) e -> b n e", b=b)
             parts.append(torch.cat([part, rearrange(x[len(kept):], "(b n) e -> b n e", b=b)], dim=1))
         return torch.cat(tokens), *parts
+
+
+def learns(name, ups):
+    """Whether a tensor of SwinUNETR lies before the map that the first `ups` steps of its decoder make."""
+    part, index = (*name.split("."), "")[:2]
+    return part in ("encoder", "bottom") or (part, index) in (
+        *(("ups", str(k)) for k in range(ups)), *(("skips", str(k)) for k in range(5 - ups, 4)))
 
 
 class Queue:
@@ -276,6 +282,8 @@ def check(cfg, ranks):
          f"token_patch = {cfg.token_patch}, expected 2, 4, 8, 16 or 32"),
         (not cfg.decoder or cfg.token_patch < 32,
          f"decoder = True: its maps have tokens of 2 to 16 voxels, found token_patch = {cfg.token_patch}"),
+        (not cfg.decoder or any(cfg.weights[1:]),
+         f"decoder = True: only the token losses teach it, found weights = {cfg.weights}"),
         (cfg.matching in ("dual_softmax", "sinkhorn"),
          f"matching = {cfg.matching!r}, expected 'dual_softmax' or 'sinkhorn'"),
         (cfg.structure in ("printed", "sum", "mean", "released"),
@@ -359,7 +367,7 @@ def build(cfg, device, new):
     student = Network(cfg).to(device)
     if new and cfg.init:
         try:
-            load_weights(student.encoder, cfg.init)
+            load_weights(student.swin_unetr if cfg.decoder else student.encoder, cfg.init)
         except WeightsError as error:
             raise SystemExit(str(error)) from None
     teacher = copy.deepcopy(student).requires_grad_(False)
@@ -403,22 +411,30 @@ def save_state(path, student, teacher, optimizer, queue, cfg, step, seen=(), sca
                                 preprocessing=data.preprocessing(cfg)), keep=True)
 
 
+def save_weights(folder, student, cfg, step, origin):
+    """What stage 2 starts from."""
+    save_encoder(folder / "encoder.pt", student, cfg, step, origin)
+    if cfg.decoder:
+        save_network(folder / "network.pt", student.swin_unetr, student.ups, cfg, step, origin)
+
+
 def save_encoder(path, student, cfg, step, origin):
     """encoder.pt: what stage 2 reads. seen: data.known_as of the scans, for it to know whom it scores."""
-    run.save(path, dict(format="s2dc/encoder", encoder=student.encoder.state_dict(),
-                        arguments=student.encoder.arguments, preprocessing=data.preprocessing(cfg), step=step,
-                        name=cfg.name, commit=origin["commit"], torch=origin["torch"], seen=origin["seen"]),
-             keep=True)
+    weights = dict(encoder=student.encoder.state_dict(), arguments=student.encoder.arguments)
+    run.save(path, dict(format="s2dc/encoder") | weights | of_origin(cfg, step, origin), keep=True)
 
 
-def save_network(path, student, cfg, origin):
-    """network.pt, of a run whose decoder learns: encoder and decoder, for stage 2 to start from both."""
-    whole = student.swin_unetr
-    if whole is None:
-        return
-    weights = {name: x for name, x in whole.state_dict().items() if not name.startswith("out.")}
-    run.save(path, dict(format="s2dc/finetune", model=weights, arguments=whole.arguments, seen=origin["seen"],
-                        preprocessing=data.preprocessing(cfg)), keep=True)
+def save_network(path, whole, ups, cfg, step, origin):
+    """network.pt: encoder and what learned of the decoder, for stage 2 to start from both."""
+    weights = {name: x for name, x in whole.state_dict().items() if learns(name, ups)}
+    weights = dict(model=weights, arguments=whole.arguments)
+    run.save(path, dict(format="s2dc/finetune") | weights | of_origin(cfg, step, origin), keep=True)
+
+
+def of_origin(cfg, step, origin):
+    """What a file of weights says of the run that made it."""
+    return dict(preprocessing=data.preprocessing(cfg), step=step, name=cfg.name, commit=origin["commit"],
+                torch=origin["torch"], seen=origin["seen"])
 
 
 def heading(cfg, scans, student, crop_grid, token_grid, ranks, first):
@@ -469,7 +485,8 @@ def main(argv):
     state = run.resume(folder, cfg, FREE, say)
     first = state["step"] if state else 0
     if first >= cfg.steps:
-        say(f"{folder} is complete: {first} steps; its encoder is {folder}/encoder.pt")
+        say(f"{folder} is complete: {first} steps; its encoder is {folder}/encoder.pt"
+            + f", with its decoder {folder}/network.pt" * cfg.decoder)
         return
     say(configs.differing(cfg))
     scans, device = open_scans(cfg, ranks, local, folder, first, say)
@@ -513,7 +530,7 @@ def main(argv):
             keep = crops_seen(batch["valid"], cfg).index_put((b, chosen), batch["valid"].new_ones(()))
             model.require_backward_grad_sync = a == cfg.accumulate - 1  # gradients travel once
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                tokens, embeddings, new = model(V, keep)            # (b, t, e), (b, n, e), (b, n, f)
+                tokens, embeddings, new = model(V, keep)            # (maps b, t, e), (b, n, e), (b, n, f)
             pooled.append(new.float())
             query, places = embeddings[b, chosen], (rank * cfg.accumulate + a) * len(V) + b
             key, now = keys[places, -1], others_of_step(keys, subjects, places, batch["apart"])
@@ -555,8 +572,7 @@ def main(argv):
         if rank == 0 and done in cfg.keep:
             save_encoder(folder / f"encoder-{done}.pt", student, cfg, done, origin)
         if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
-            save_encoder(folder / "encoder.pt", student, cfg, done, origin)
-            save_network(folder / "network.pt", student, cfg, origin)
+            save_weights(folder, student, cfg, done, origin)
             save_state(folder / "last.pt", student, teacher, optimizer, queue, cfg, done, origin["seen"],
                        len(scans))
     say(f"{cfg.steps} steps in {run.clock(time.time() - began)}; encoder: {folder}/encoder.pt"

@@ -255,9 +255,10 @@ def start_log(folder, cfg, first, origin):
     """config.py as resolved; a log that ends at step `first`, where the run goes on, then says `origin`.
     Returns `lock(folder)`."""
     held = lock(folder)
-    ahead, before = folder / "encoder.pt", folder / "encoder.prev.pt"
-    if first and ahead.exists() and before.exists() and read_file(ahead)["step"] > first:
-        os.replace(before, ahead)       # a kill came between it and last.pt: it will be saved again
+    for name in ("encoder", "network"):
+        ahead, before = folder / f"{name}.pt", folder / f"{name}.prev.pt"
+        if first and ahead.exists() and before.exists() and read_file(ahead)["step"] > first:
+            os.replace(before, ahead)   # a kill came between it and last.pt: it will be saved again
     with configs.replacing(folder / "config.py") as aside:
         aside.write_text(f'"""{folder.name}, as resolved."""\n{configs.dump(cfg)}\n')
     path = folder / "log.jsonl"
@@ -321,7 +322,7 @@ def diverged(folder, step, said):
     """
     if processes()[0] > 0:
         raise SystemExit(f"step {step}: not finite ({said})")
-    for name in ("encoder.pt", "last.pt"):
+    for name in ("encoder.pt", "network.pt", "last.pt"):
         path = folder / name
         if path.exists() and read_file(path)["step"] == step:
             before = path.with_suffix(".prev.pt")

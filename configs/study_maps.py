@@ -5,7 +5,7 @@ phantoms.
     python -m lab.study configs/study_maps.py
 
 A row with a method is in lab/rivals/variants.py; `file`: stage 2 starts from a decoder that learned as well.
-Row by row where time is short: --rows and --shots of some, the tables then hold these.
+Row by row where time is short: --rows, --shots and --tuned of some, the tables then hold these.
 """
 name = "study_maps"
 seeds = (0, 1, 2)

@@ -31,7 +31,7 @@ class Config(pretrain.Config):
     checkpoint: str | tuple = ()    # default runs/<name>/encoder.pt; several are compared; "random" is none
     out: str = ""                   # folder of what is written, default runs/<name>
     probe_random: bool = True       # probe random weights first
-    probe_patch: int = 8            # voxels of a patch that is probed or drawn: 2 4 8 16 32, not token_patch
+    probe_patch: int = 8            # voxels of a patch that is probed or drawn, whatever token_patch was
     probe_train: float = 0.5        # share of the subjects (the first by id) that train it, the rest test it
     probe_share: float = 0.25       # least share of a patch that its organ covers; tiny organs need less
     probe_least: int = 20           # tokens of an organ in either part, or it is left out
@@ -152,7 +152,7 @@ def organ_tokens(encoder, scans, cfg, device, overlap=None):
 
 
 @torch.no_grad()
-def correspondence_accuracy(encoder, scans, cfg, device, blank=False):
+def correspondence_accuracy(encoder, scans, cfg, device, blank=False, rows=2048):
     """Share of matched tokens whose most similar token of V' (cosine of features) is the true partner. V' is
     moved by the config's rotation, scale, shear and shift, one slab a scan. blank: of the same matches with
     nothing to be seen in either view: what a token's place in its crop, known by the padding, gives away."""
@@ -166,7 +166,7 @@ def correspondence_accuracy(encoder, scans, cfg, device, blank=False):
         maps = [encode(encoder, view, cfg.crop, p, device) for view in views]
         q, k = (rearrange(features, "c i j k -> 1 (i j k) c") for features in maps)
         both = valid[0, i] & valid_[0, j]
-        for i, j in zip(i[both].split(2048), j[both].split(2048)):     # a slab of the paper has 27,648 tokens
+        for i, j in zip(i[both].split(rows), j[both].split(rows)):     # a slab of the paper has 27,648 tokens
             found += (losses.similarity(q[:, i], k)[0].masked_fill(~valid_, -2).argmax(1) == j).tolist()
     return sum(found) / max(len(found), 1)
 

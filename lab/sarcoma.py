@@ -228,8 +228,8 @@ def curves(train, test, window, bins=64):
 
     The mean or median CT of train's voxels in the same of `bins` equal bins of T1 (in an empty bin: of all of
     them), or in one bin for all. As configs/sarcoma_t1_ct.py has it both are clipped to window, and tissue
-    counts, what is a hundredth of the window above its low end. MAE in HU, PSNR at the window's range in dB:
-    means over test.
+    counts, where CT is above the window's low end by more than a hundredth of it. MAE in HU, PSNR at the
+    window's range in dB: means over test.
     """
     low, high = window
 
@@ -241,8 +241,8 @@ def curves(train, test, window, bins=64):
     for (name, middle), n in itertools.product((("mean", np.mean), ("median", np.median)), (1, bins)):
         def binned(t1):
             return np.minimum((t1 * n).astype(int), n - 1)
-        there = binned(seen)
-        curve = np.array([middle(truth[there == k] if (there == k).any() else truth) for k in range(n)])
+        there, of_all = binned(seen), middle(truth)
+        curve = np.array([middle(truth[there == k]) if (there == k).any() else of_all for k in range(n)])
         each = {}
         for i, (t1, ct) in {i: tissue(pair) for i, pair in test.items()}.items():
             predicted = curve[binned(t1)]

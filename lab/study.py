@@ -241,7 +241,7 @@ def shots_table(results, cfg):
                 first, columns = dice, [*columns, "", ""]
             else:
                 gain = metrics.paired_difference(dice.mean(axis=0), first.mean(axis=0))
-                each = np.nanmean(dice, axis=1) - np.nanmean(first, axis=1)
+                each = np.nanmean(dice - first, axis=1)
                 columns += ["{:+.3f} ({:+.3f} .. {:+.3f})".format(*gain), by_seed(each)]
             lines.append([str(shots), row, *columns])
     return markdown(heads, lines)

@@ -211,6 +211,8 @@ def test_command_scores_the_second_scan_by_the_first(spheres, tmp_path, capsys):
     nearest = np.where(valid_, sim, -2).argmax(1)
     expected = sum(M[i, nearest[i]] for i in range(len(M))) / M.sum()
     assert number["correspondence"] == pytest.approx(expected, abs=0.005)
+    few = probe.correspondence_accuracy(encoder, scans[1:], dataclasses.replace(cfg, probe_patch=8), "cpu", rows=7)
+    assert few == number["correspondence"]              # not all rows at once
     blank = rearrange(encoder(torch.zeros(1, 1, 64, 64, 64))[2][0], "c x y z -> (x y z) c").numpy()
     sim = np.where(valid_, [[cosine(a, b) for b in blank] for a in blank], -2)
     found = [M[i, j] for i, j in enumerate(sim.argmax(1)) if M[i].any()]

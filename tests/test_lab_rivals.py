@@ -751,20 +751,25 @@ def test_variants_refuse_what_they_do_not_read(place, keys):
     rivals.check(config(place, "simclr", **keys), 1)
 
 
+def test_a_rival_reads_no_decoder(place):
+    with pytest.raises(SystemExit, match="decoder = True: pretrain.py reads it"):
+        rivals.check(config(place, "maps", decoder=True), 1)
+
+
 def test_stage_2_starts_from_a_decoder_that_was_taught(place, capsys):
     """network.pt holds it, changed as far as the map of 4 voxels, and the encoder of encoder.pt."""
     rivals.main(argv(place, method="decoder_4", name="both", steps=2, keep=()))
     capsys.readouterr()
     network, encoder = SwinUNETR(1, 3, **SWIN), SwinUNETR(1, 3, **SWIN).encoder
     report = load_weights(network, place / "runs/both/network.pt")
-    assert list(report["reasons"]) == ["out"] and set(report["initial"]) == {"out"}
+    assert report["reasons"] == {} and set(report["initial"]) == {"skips", "ups", "out"}
     load_weights(encoder, place / "runs/both/encoder.pt")
     for ours, theirs in zip(network.encoder.parameters(), encoder.parameters()):
         assert torch.equal(ours, theirs)
     cfg = config(place, "decoder_4")
     torch.manual_seed(cfg.seed)
     fresh = rivals.METHODS["decoder_4"](cfg).swin_unetr.state_dict()
-    moved = {name for name, x in network.state_dict().items() if name in fresh and not name.startswith("out")
-             and not torch.equal(x, fresh[name])}
-    assert {"ups.2.mix.conv2.weight", "skips.2.conv1.weight", "bottom.conv1.weight"} <= moved
-    assert not [name for name in moved if name.startswith(("ups.3", "ups.4", "skips.0", "skips.1"))]
+    saved = torch.load(place / "runs/both/network.pt", weights_only=True)["model"]
+    assert all(torch.equal(network.state_dict()[name], x) and not torch.equal(x, fresh[name]) for name, x in saved.items())
+    assert {"ups.2.mix.conv2.weight", "skips.2.conv1.weight", "bottom.conv1.weight"} <= set(saved)
+    assert not [name for name in saved if name.startswith(("ups.3", "ups.4", "skips.0", "skips.1", "out"))]

@@ -371,9 +371,10 @@ def test_non_finite_loss_before_the_first_checkpoint(place):
 
 def test_a_checkpoint_that_has_trained_no_step_gives_way_to_the_one_before_it(place, capsys):
     """Finite weights of 1e36 are saved at step 5 and ruin step 5; the same command with a lower rate goes on from step 4."""
-    keys = dict(name="ruined", steps=8, warmup=3, min_lr=1e38, save_every=1, v2=False)
+    keys = dict(name="ruined", steps=8, warmup=3, min_lr=1e38, save_every=1, v2=False, decoder=True)
     text = ends(within, place, argv(place, **keys))
     run = place / "runs/ruined"
+    assert torch.load(run / "network.pt", weights_only=True)["step"] == 4
     assert "step 5: not finite" in text and "last.pt, of step 4; the same command with a lower --lr goes on" in text
     assert last(run)["step"] == 4 and torch.load(run / "encoder.pt", weights_only=True)["step"] == 4
     assert torch.load(run / "last.bad.pt", weights_only=True)["step"] == 5
@@ -428,7 +429,8 @@ REFUSED = [
     (dict(num_heads=(3, 1, 1, 1)), "num_heads"), (dict(merge="some"), "merge"), (dict(depths=(2, 2)), "depths"),
     (dict(sharpness=1), "sharpness"), (dict(scale=(2.0, 1.0)), "scale = (2.0, 1.0)"), (dict(workers=100000), "workers = 100000"),
     (dict(twin_scale=(0.0, 1.0)), "twin_scale"), (dict(tokens="all"), "tokens = 'all'"), (dict(negatives="none"), "negatives ="),
-    (dict(decoder=True, token_patch=32), "found token_patch = 32"), (dict(negatives="step", batch=1, queue=1), "a batch of one crop has no other"),
+    (dict(decoder=True, token_patch=32), "found token_patch = 32"), (dict(decoder=True, weights=(1, 0, 0)), "token losses teach it"),
+    (dict(negatives="step", batch=1, queue=1), "a batch of one crop has no other"),
 ]
 
 
@@ -485,17 +487,27 @@ def test_a_decoder_that_learned_goes_on_and_is_there_for_stage_2(place, monkeypa
     assert [line["resumed"] for line in log(again)[0]] == [0, 2]
     assert_equal(again, run)
     student, network = last(run)["student"], SwinUNETR(1, 5, **{k: v for k, v in last(run)["arguments"].items() if k != "in_channels"})
+    fresh = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     report = load_weights(network, run / "network.pt")
-    assert report["reasons"] == {} and set(report["initial"]) == {"out"}
+    assert report["reasons"] == {} and set(report["initial"]) == {"skips", "ups", "out"}
     load_weights(encoder := Swin3D(**last(run)["arguments"]), run / "encoder.pt")
+    torch.manual_seed(config(place, **keys).seed)
+    before = pretrain.Network(config(place, **keys)).state_dict()
     for name, tensor in network.state_dict().items():
-        if not name.startswith("out."):
-            assert torch.equal(tensor, student[f"swin_unetr.{name}"])
+        taught = f"swin_unetr.{name}"
+        if name.startswith(UNTAUGHT[8]):        # those of stage 2
+            assert torch.equal(tensor, fresh[name])
+        else:
+            assert torch.equal(tensor, student[taught]) and not torch.equal(tensor, before[taught])
         if name.startswith("encoder."):
             assert torch.equal(tensor, encoder.state_dict()[name[8:]]) and torch.equal(tensor, student[name])
+    on = alone(place, **keys | dict(name="from_both", steps=1, lr=1e-12, warmup=0, init=run / "network.pt"))
+    for name, tensor in last(on)["student"].items():
+        if name.startswith(("swin_unetr.bottom.", "swin_unetr.ups.1.", "encoder.")):
+            assert torch.allclose(tensor, student[name], atol=1e-6)
     whole, part = (torch.load(run / name, weights_only=True) for name in ("network.pt", "encoder.pt"))
     assert whole["preprocessing"] == part["preprocessing"] == data.preprocessing(config(place, **keys))
-    assert whole["seen"] == part["seen"] and len(whole["seen"]) > 3
+    assert whole["seen"] == part["seen"] and len(whole["seen"]) > 3 and whole["step"] == part["step"] == 3
     assert not (alone(place, **keys | dict(name="not_decoded", decoder=False)) / "network.pt").exists()
 
 

@@ -103,6 +103,7 @@ def check(cfg, ranks):
         (len(set(cfg.crop[:alike])) <= 1, f"{cfg.method} turns crops whose first {alike} edges are alike, "
          f"found crop = {cfg.crop}"),
         (not cfg.init, "init: rivals start from random weights"),
+        (not cfg.decoder, "decoder = True: pretrain.py reads it, a rival does not"),
         (cfg.method not in variants.METHODS or (cfg.matching, cfg.negatives) == ("dual_softmax", "step"),
          f"{cfg.method} matches by 'dual_softmax' and has negatives of the 'step' alone, found "
          f"matching = {cfg.matching!r}, negatives = {cfg.negatives!r}"),
@@ -132,11 +133,8 @@ def build(cfg, device):
 def save(folder, network, optimizer, plan, step, origin):
     """encoder.pt, as of stage 1, network.pt of a method whose decoder is to be fine-tuned, and last.pt."""
     pretrain.save_encoder(folder / "encoder.pt", network, plan, step, origin)
-    whole = getattr(network, "swin_unetr", None)
-    if whole is not None:
-        run.save(folder / "network.pt", dict(format="s2dc/finetune", model=whole.state_dict(),
-                                             arguments=whole.arguments, seen=origin["seen"],
-                                             preprocessing=data.preprocessing(plan)), keep=True)
+    if whole := getattr(network, "swin_unetr", None):
+        pretrain.save_network(folder / "network.pt", whole, network.ups, plan, step, origin)
     state = dict(format="s2dc/rival", network=network.state_dict(), optimizer=optimizer.state_dict())
     state |= dict(step=step, config=dataclasses.asdict(plan), seen=origin["seen"], scans=origin["scans"])
     run.save(folder / "last.pt", state, keep=True)

@@ -63,6 +63,11 @@ class Maps(nn.Module):
         self.encoder, self.seen = self.student.encoder, ()
 
     @property
+    def ups(self):
+        """Steps of the decoder that learn."""
+        return 6 - min(self.of_decoder).bit_length()
+
+    @property
     def swin_unetr(self):
         """The network whose decoder learns as well, or None."""
         return self.student.network
