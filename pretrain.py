@@ -187,7 +187,7 @@ class Network(nn.Module):
 
 
 def learns(name, ups):
-    """Whether a tensor of SwinUNETR lies before the map that the first `ups` steps of its decoder make."""
+    """Whether a tensor of SwinUNETR has a say in the map that the first `ups` steps of its decoder make."""
     part, index = (*name.split("."), "")[:2]
     return part in ("encoder", "bottom") or (part, index) in (
         *(("ups", str(k)) for k in range(ups)), *(("skips", str(k)) for k in range(5 - ups, 4)))
@@ -257,7 +257,8 @@ def follow(teacher, student, momentum):
 
 
 def of_maps(batch, maps):
-    """pairs, valid and valid_ of a batch, once for each of the maps whose tokens lie behind one another."""
+    """A batch's pairs (m, 3), valid and valid_ (b, t), once for each of the maps whose tokens lie behind one
+    another: (maps m, 3), the sample of map k counted from k b, and twice (maps b, t)."""
     valid, valid_ = (repeat(batch[name], "b t -> (maps b) t", maps=maps) for name in ("valid", "valid_"))
     first = torch.arange(maps, device=valid.device) * len(batch["valid"])           # sample of each map
     offset = F.pad(rearrange(first, "maps -> maps 1 1"), (0, 2))                    # b, i, j

@@ -5,10 +5,9 @@ from scratch do as well: probes and few-label Dice on phantoms.
     python -m lab.study configs/study_longer.py
     python -m lab.study configs/study_seeds.py          ten seeds of two of these rows
 """
+from configs.study_maps import *
+
 name = "study_longer"
-seeds = (0, 1, 2)
-jobs = 2
-workers = 0
 rows = {
     "scratch": None,
     "100 steps": {"steps": 100, "warmup": 10},
@@ -21,9 +20,4 @@ rows = {
 }
 shots = dict.fromkeys(rows, (2,))
 tuned = dict.fromkeys(list(rows)[-2:], {"steps": 450, "warmup": 45, "eval_every": 450})
-labelled = 20
-pretrain_config = "configs/demo.py"
 pretrain_keys = {"save_every": 200}
-finetune_config = "configs/demo_segmentation.py"
-finetune_keys = {"test": "unseen_100*", "exclude": ("unseen_101*", "unseen_102*", "unseen_103*"),
-                 "eval_every": 150}

@@ -6,10 +6,9 @@
 In CT: --name=study_sarcoma_maps_ct --pretrain_config=configs/sarcoma_pretrain_ct.py
 --finetune_config=configs/sarcoma_ct.py --labelled=12; in T1 the same with t1 and 22.
 """
+from configs.study_sarcoma_rivals import *
+
 name = "study_sarcoma_maps"
-seeds = (0, 1, 2)
-jobs = 2
-workers = 0
 rows = {
     "scratch": None,
     "tokens of 8 voxels": {},
@@ -17,9 +16,3 @@ rows = {
     "tokens of 8, 16 and 32 voxels": {"method": "maps"},
 }
 shots = dict.fromkeys(rows, (8,))
-labelled = 24                   # patients that train
-probes = False
-grid = "original"
-hd95 = True
-pretrain_config = "configs/sarcoma_pretrain_pet.py"
-finetune_config = "configs/sarcoma_pet.py"

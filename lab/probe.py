@@ -155,7 +155,8 @@ def organ_tokens(encoder, scans, cfg, device, overlap=None):
 def correspondence_accuracy(encoder, scans, cfg, device, blank=False, rows=2048):
     """Share of matched tokens whose most similar token of V' (cosine of features) is the true partner. V' is
     moved by the config's rotation, scale, shear and shift, one slab a scan. blank: of the same matches with
-    nothing to be seen in either view: what a token's place in its crop, known by the padding, gives away."""
+    nothing to be seen in either view: what a token's place in its crop, known by the padding, gives away.
+    rows: so many tokens of V are compared with all of V' at a time."""
     p, grid = cfg.probe_patch, tuple(s // cfg.probe_patch for s in cfg.slab)
     slabs, found = data.Slabs(scans, dataclasses.replace(cfg, token_patch=p), 1, cfg.seed), []
     for n, scan in enumerate(scans):

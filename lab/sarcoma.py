@@ -274,6 +274,8 @@ def write_floors(patients, out):
     test = {i: pair for i, pair in pairs.items() if i in recipe.test}
     train = {i: pair for i, pair in pairs.items() if i not in (*recipe.test, *recipe.val)}
     found["t1_ct"] = curves(train, test, recipe.window) if train and test else []
+    if not found["t1_ct"]:
+        print(f"t1_ct: no floor, {len(train)} pairs to learn from and {len(test)} to test")
     for row in found["t1_ct"]:
         print("t1_ct {floor:42} MAE {mae:.0f} HU, PSNR {psnr:.1f} dB, n {n}".format(**row))
     write_json(out / "floors.json", found)

@@ -14,7 +14,6 @@ from torch import nn
 import data
 import losses
 import pretrain
-from lab.rivals.contrast import decoded
 from model import Projector, SwinUNETR
 from tasks import swin
 
@@ -30,6 +29,7 @@ class Student(nn.Module):
         self.of_encoder, self.of_decoder = of_encoder, of_decoder
         network, f = SwinUNETR(cfg.in_channels, 1, **swin(cfg)), cfg.feature_size
         self.network, self.encoder = network if of_decoder else None, network.encoder
+        self.ups = 6 - of_decoder[0].bit_length() if of_decoder else 0      # the decoder's steps that learn
         patches = *of_encoder, *of_decoder              # maps of one size are as wide in both
         self.heads = nn.ModuleList(Projector(f * p // 2, cfg.hidden, cfg.embedding) for p in patches)
         self.standard = pretrain.Standard(16 * f)
@@ -40,8 +40,7 @@ class Student(nn.Module):
         maps = self.encoder(V)
         chosen = [maps[p.bit_length() - 2] for p in self.of_encoder]
         if self.of_decoder:
-            found = decoded(self.network, maps, levels=6 - min(self.of_decoder).bit_length())   # 16, 8, ..
-            chosen += [found[5 - p.bit_length()] for p in self.of_decoder]
+            chosen.append(self.network.decode(maps, self.ups))
         tokens = [head(rearrange(x, "b c i j k -> b (i j k) c")) for head, x in zip(self.heads, chosen)]
         pooled = reduce(maps[-1], "b c i j k -> b c", "mean")
         return tokens, self.global_head(self.standard(pooled)), pooled.detach().float()
@@ -64,8 +63,7 @@ class Maps(nn.Module):
 
     @property
     def ups(self):
-        """Steps of the decoder that learn."""
-        return 6 - min(self.of_decoder).bit_length()
+        return self.student.ups
 
     @property
     def swin_unetr(self):
