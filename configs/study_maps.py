@@ -25,9 +25,18 @@ rows = {
     # what the decoder makes of an encoder that stays as it is
     "random, frozen": {"steps": 1, "warmup": 0, "lr": 1e-9},
     "tokens of 8 voxels, frozen": {"init": "runs/study_maps/tokens of 8 voxels-{seed}/encoder.pt"},
+    # .. and three times as many crops of the two labelled scans
+    "random, 450 crops": None,
+    "tokens of 8 voxels, 450 crops": {"init": "runs/study_maps/tokens of 8 voxels-{seed}/encoder.pt"},
+    "the decoder's map of 8 voxels, too, 450 crops": {
+        "init": "runs/study_maps/the decoder's map of 8 voxels, too-{seed}/network.pt"},
+    "random, frozen, 450 crops": {"init": "runs/study_maps/random, frozen-{seed}/encoder.pt"},
+    "tokens of 8 voxels, frozen, 450 crops": {
+        "init": "runs/study_maps/tokens of 8 voxels-{seed}/encoder.pt"},
 }
 shots = dict.fromkeys(rows, (2,))
-tuned = dict.fromkeys(("random, frozen", "tokens of 8 voxels, frozen"), {"freeze_encoder": True})
+_longer, _frozen = {"steps": 450, "warmup": 45, "eval_every": 450}, {"freeze_encoder": True}
+tuned = {row: (_longer if "450 crops" in row else {}) | (_frozen if "frozen" in row else {}) for row in rows}
 labelled = 20
 pretrain_config = "configs/demo.py"
 pretrain_keys = {"steps": 200, "warmup": 20, "save_every": 200}
