@@ -5,11 +5,14 @@
     python -m lab.study configs/study.py
 
 Every row and seed is an ordinary run of configs/demo.py with the keys below; started again it goes on where
-it stopped.
+it stopped. All of it takes a day on two cores: --rows, --shots and --tuned of some of the rows, the tables
+then hold these. A row with a method is in lab/rivals/variants.py; `file`: stage 2 starts from a decoder that
+learned as well.
 """
 name = "study"
 seeds = (0, 1, 2)
 jobs = 2                        # processes at a time; one per GPU, or sharing the cores
+workers = 0
 pretrain_config = "configs/demo.py"
 pretrain_keys = {"steps": 200, "warmup": 20, "save_every": 200}
 rows = {
@@ -22,10 +25,18 @@ rows = {
     # Eq. 4: matching and temperature
     "Sinkhorn": {"matching": "sinkhorn", "sinkhorn_iterations": 20},
     "temperature 1": {"temperature": 1.0},
-    # Eq. 7: the weights of tokens
+    # Eq. 7: the weights of tokens; Eq. 8: its form
     "gradient through the Sharpe weights": {"structure_detach": False},
-    # tokens and moves
+    "L_g + L_p2s, released form": {"weights": (1, 0, 1), "structure": "released"},
+    # tokens
     "tokens of 16 voxels": {"token_patch": 16},
+    "tokens of 32 voxels": {"token_patch": 32},
+    "tokens of 8, 16 and 32 voxels": {"method": "maps"},
+    "tokens of air, too": {"tokens": "inside"},
+    # a decoder that learns
+    "the decoder's map of 8 voxels, too": {"decoder": True, "file": "network.pt"},
+    "the decoder's map of 4 voxels, too": {"method": "decoder_4", "file": "network.pt"},
+    # moves
     "rotation in plane": {"rotation": (0, 0, 28.6)},
     "smaller moves": {"rotation": (10.0, 10.0, 10.0), "scale": (0.95, 1.05), "shift": (4.0, 4.0, 4.0)},
     # Eq. 1: what a crop is told from, and the projectors before it
@@ -36,8 +47,19 @@ rows = {
     # Eq. 9: the weights of the losses
     "token losses halved": {"weights": (1, 0.5, 0.5)},
     "token losses doubled": {"weights": (1, 2, 2)},
+    # what stage 2 makes of an encoder that stays as it is, and of three times as many crops
+    "random, frozen": {"steps": 1, "warmup": 0, "lr": 1e-9},
+    "all three, frozen": {"init": "runs/study/all three-{seed}/encoder.pt"},
+    "random, 450 crops": None,
+    "all three, 450 crops": {"init": "runs/study/all three-{seed}/encoder.pt"},
+    "the decoder's map of 8 voxels, too, 450 crops": {
+        "init": "runs/study/the decoder's map of 8 voxels, too-{seed}/network.pt"},
+    "random, frozen, 450 crops": {"init": "runs/study/random, frozen-{seed}/encoder.pt"},
+    "all three, frozen, 450 crops": {"init": "runs/study/all three-{seed}/encoder.pt"},
 }
-shots = dict.fromkeys(("random", "L_g", "all three"), (1, 2, 4, 8))     # hours on a CPU; {}: probes alone
+shots = dict.fromkeys(rows, (2,)) | dict.fromkeys(("random", "L_g", "all three"), (1, 2, 4, 8))
+_longer, _frozen = {"steps": 450, "warmup": 45, "eval_every": 450}, {"freeze_encoder": True}
+tuned = {row: (_longer if "450 crops" in row else {}) | (_frozen if "frozen" in row else {}) for row in rows}
 labelled = 20                   # training subjects of the fine-tuning config
 finetune_config = "configs/demo_segmentation.py"
 # 10 of the 32

@@ -5,7 +5,7 @@ from scratch do as well: probes and few-label Dice on phantoms.
     python -m lab.study configs/study_longer.py
     python -m lab.study configs/study_seeds.py          ten seeds of two of these rows
 """
-from configs.study_maps import *
+from configs.study import *
 
 name = "study_longer"
 rows = {

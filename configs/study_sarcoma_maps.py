@@ -1,4 +1,4 @@
-"""What configs/study_maps.py finds to help on phantoms, on real scans: sarcoma in PET, 8 labelled patients.
+"""What configs/study.py finds to help on phantoms, on real scans: sarcoma in PET, 8 labelled patients.
 
     python -m lab.sarcoma data_sets data/sarcoma        once; a clone of github.com/theibsi/data_sets
     python -m lab.study configs/study_sarcoma_maps.py
