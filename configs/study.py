@@ -49,13 +49,12 @@ rows = {
     "token losses doubled": {"weights": (1, 2, 2)},
     # what stage 2 makes of an encoder that stays as it is, and of three times as many crops
     "random, frozen": {"steps": 1, "warmup": 0, "lr": 1e-9},
-    "all three, frozen": {"init": "runs/study/all three-{seed}/encoder.pt"},
+    "all three, frozen": {"of": "all three"},
     "random, 450 crops": None,
-    "all three, 450 crops": {"init": "runs/study/all three-{seed}/encoder.pt"},
-    "the decoder's map of 8 voxels, too, 450 crops": {
-        "init": "runs/study/the decoder's map of 8 voxels, too-{seed}/network.pt"},
-    "random, frozen, 450 crops": {"init": "runs/study/random, frozen-{seed}/encoder.pt"},
-    "all three, frozen, 450 crops": {"init": "runs/study/all three-{seed}/encoder.pt"},
+    "all three, 450 crops": {"of": "all three"},
+    "the decoder's map of 8 voxels, too, 450 crops": {"of": "the decoder's map of 8 voxels, too"},
+    "random, frozen, 450 crops": {"of": "random, frozen"},
+    "all three, frozen, 450 crops": {"of": "all three"},
 }
 shots = dict.fromkeys(rows, (2,)) | dict.fromkeys(("random", "L_g", "all three"), (1, 2, 4, 8))
 _longer, _frozen = {"steps": 450, "warmup": 45, "eval_every": 450}, {"freeze_encoder": True}

@@ -16,7 +16,7 @@ rows = {
     "100 steps of 8": {"steps": 100, "warmup": 10, "batch": 8},
     "200 steps of 8": {"steps": 200, "warmup": 20, "batch": 8},
     "scratch, 450 crops": None,
-    "400 steps, 450 crops": {"init": "runs/study_longer/400 steps-{seed}/encoder.pt"},
+    "400 steps, 450 crops": {"of": "400 steps"},
 }
 shots = dict.fromkeys(rows, (2,))
 tuned = dict.fromkeys(list(rows)[-2:], {"steps": 450, "warmup": 45, "eval_every": 450})

@@ -36,8 +36,8 @@ class Config:
     cache: str = "cache"
     workers: int = 1                # of each process
     # {row: keys of pretrain.py, or of lab.rivals if `method` is among them, and `file`, what of its folder
-    # stage 2 starts from if not encoder.pt; None: random weights; {"init": file}: an encoder there is, of
-    # each {seed}}
+    # stage 2 starts from if not encoder.pt; None: random weights; {"of": row}: what an earlier row learned,
+    # fine-tuned in another way; {"init": file}: an encoder of another study, of each {seed}}
     rows: dict = dataclasses.field(default_factory=dict)
     seeds: tuple = ()               # of every row, e.g. (0, 1, 2)
     # Learning rates that every row tries with the first seed: it keeps that of the best linear probe of the
@@ -65,6 +65,13 @@ def check(cfg):
     if not cfg.rows or not cfg.seeds or set(cfg.shots) - set(cfg.rows):
         raise SystemExit("the study needs `seeds`, `rows`, and shots of some of them; found seeds "
                          f"{cfg.seeds}, rows {', '.join(cfg.rows) or 'none'}, shots {cfg.shots}")
+    learn = []
+    for row, own in cfg.rows.items():
+        if own and "of" in own and (own["of"] not in learn or len(own) > 1):
+            raise SystemExit(f"row {row}: expected 'of' a row before it that learns, and no other key, found "
+                             f"{own}; there are {', '.join(learn) or 'none'}")
+        if own is not None and not {"of", "init"} & {*own}:
+            learn.append(row)
     if idle := sorted(set(cfg.tuned) - set(cfg.shots)):
         raise SystemExit(f"tuned: expected rows that have shots, found {', '.join(idle)}")
     if cfg.rates and not cfg.rate_keys:
@@ -99,11 +106,15 @@ def plan(row, seed, cfg):
     """{part: [[module, config, ..], ..]}: "pretrain", "rate" (the probe that chooses a learning rate),
     "probe" and every number of labelled scans."""
     name, own, runs = f"{row}-{seed}", cfg.rows[row], Path(cfg.runs) / cfg.name
+    probes = cfg.probes
     same = dict(runs=runs, seed=seed, data=cfg.data, cache=cfg.cache, workers=cfg.workers)
     probing = same | cfg.pretrain_keys | cfg.probe_keys | dict(name=name, probe_random=False)
     parts, init = {}, ""
     if own is None:
         probing["checkpoint"] = "random"
+    elif "of" in own:
+        init = runs / f"{own['of']}-{seed}" / cfg.rows[own["of"]].get("file", "encoder.pt")
+        probes = False                      # that row's is of the same encoder
     elif "init" in own:
         init = probing["checkpoint"] = own["init"].format(seed=seed)
     else:
@@ -116,7 +127,7 @@ def plan(row, seed, cfg):
         probing |= {k: v for k, v in own.items() if k in inspect.signature(Swin3D).parameters}
         if cfg.rates and seed == cfg.seeds[0]:
             parts["rate"] = [["lab.probe", cfg.pretrain_config, *flags(probing | cfg.rate_keys)]]
-    if cfg.probes:
+    if probes:
         parts["probe"] = [["lab.probe", cfg.pretrain_config, *flags(probing)]]
     for shots in cfg.shots.get(row, ()):
         tuned = f"{name}-{shots}"
@@ -201,7 +212,7 @@ def markdown(heads, lines):
 def probe_table(results, cfg):
     """A row of markdown per row of the study: mean over the seeds, and every seed in their order."""
     lines = []
-    for row in cfg.rows:
+    for row in (row for row, own in cfg.rows.items() if "of" not in (own or {})):
         probes = [results[f"{row}-{seed}"]["probe"]["value"] for seed in cfg.seeds]
         columns = [[p[which]["balanced_accuracy"] for p in probes] for which in ("linear", "knn")]
         columns += [[p["silhouette_cosine"][0] for p in probes]]
@@ -265,11 +276,26 @@ def table(results, cfg):
 
 def run_all(cfg, seeds, asked=None):
     """{row-seed: outcome of run_row}: cfg.jobs processes at a time, dealt out to the GPUs if there are any,
-    else sharing the cores."""
-    jobs = [(row, seed) for seed in seeds for row in cfg.rows]  # every row once before any row twice
+    else sharing the cores. A run that fails is named at once, the others go on, then one line says which."""
+    jobs, ends = [(row, seed) for seed in seeds for row in cfg.rows], {}    # every row once before any twice
+
+    def one(n, row, seed):
+        try:
+            if other := (cfg.rows[row] or {}).get("of"):
+                ends[other, seed].result()      # it comes before, so it is done or under way
+            return run_row(n, row, seed, cfg, asked)
+        except SystemExit as error:
+            print(f"{row}-{seed}: {error}", flush=True)
+            raise
+
     with ThreadPoolExecutor(cfg.jobs) as pool:
-        outcomes = list(pool.map(lambda n, job: run_row(n, *job, cfg, asked), range(len(jobs)), jobs))
-    return {f"{row}-{seed}": outcome for (row, seed), outcome in zip(jobs, outcomes)}
+        for n, job in enumerate(jobs):
+            ends[job] = pool.submit(one, n, *job)
+    lost = [f"{row}-{seed}" for (row, seed), end in ends.items() if isinstance(end.exception(), SystemExit)]
+    if lost:
+        raise SystemExit(f"{len(lost)} of {len(jobs)} runs of {cfg.name} failed: {', '.join(lost)}; started "
+                         "again the study goes on with these")
+    return {f"{row}-{seed}": end.result() for (row, seed), end in ends.items()}
 
 
 def widened(rates, best):
@@ -283,7 +309,7 @@ def widened(rates, best):
 
 def at_best_rates(cfg):
     """(cfg with "row, rate" in place of every row that learns, a table of what each rate gave)."""
-    learn = {row: own for row, own in cfg.rows.items() if own is not None and "init" not in own}
+    learn = {row: own for row, own in cfg.rows.items() if own is not None and not {"init", "of"} & {*own}}
     asked, scores, results = {row: sorted(cfg.rates) for row in learn}, {}, {}
     for _ in range(1 + cfg.widen):
         todo = [(row, rate) for row in learn for rate in asked[row] if (row, rate) not in scores]
@@ -300,6 +326,7 @@ def at_best_rates(cfg):
     named = {row: f"{row}, {rate:g}" for row, rate in best.items()}
     rows = {named.get(row, row): own | dict(lr=best[row]) if row in best else own
             for row, own in cfg.rows.items()}
+    rows = {row: dict(of=named[own["of"]]) if own and "of" in own else own for row, own in rows.items()}
     shots, tuned = ({named.get(row, row): own for row, own in of.items()} for of in (cfg.shots, cfg.tuned))
     every, show = sorted({rate for _, rate in scores}), {None: "", -1: "diverged"}
     lines = [[row, *(show.get(x, x and f"{x:.3f}") for x in (scores.get((row, rate)) for rate in every))]

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,49 @@ def test_a_row_may_start_from_an_encoder_that_is_there():
     assert "--init=runs/x-2/encoder.pt" in tune and "--label_fraction=0.25" in tune and "--hd95=False" in score
 
 
+def test_a_row_may_fine_tune_what_another_row_learned(monkeypatch, tmp_path):
+    """Of the file that the other starts from, in the study's own folder, and not before the other is done."""
+    cfg = study.Config(rows={"more": {"decoder": True, "file": "network.pt"}, "long": {"of": "more"}},
+                       seeds=(2, 3), shots={"more": (5,), "long": (5,)}, pretrain_config="p.py",
+                       finetune_config="f.py", runs="r", name="s", jobs=4, tuned={"long": {"steps": 9}})
+    parts = study.plan("long", 3, cfg)
+    assert parts.keys() == {"5"} and "--init=r/s/more-3/network.pt" in parts["5"][0] and "--steps=9" in parts["5"][0]
+    seen = []
+
+    def run_row(n, row, seed, cfg, asked):
+        time.sleep(0.2 * (row == "more"))
+        seen.append((row, seed))
+        return dict(row=row)
+
+    monkeypatch.setattr(study, "run_row", run_row)
+    assert list(study.run_all(cfg, cfg.seeds)) == ["more-2", "long-2", "more-3", "long-3"]
+    assert all(seen.index(("more", seed)) < seen.index(("long", seed)) for seed in (2, 3))
+    for own, found in (({"of": "less"}, "{'of': 'less'}; there are more"), ({"of": "more", "lr": 1}, "'lr': 1}"),
+                       ({"of": "long"}, "there are more")):
+        with pytest.raises(SystemExit, match=f"row long: expected 'of' a row before it that learns.*{found}"):
+            study.check(dataclasses.replace(cfg, rows=cfg.rows | {"long": own}))
+    assert study.probe_table({f"more-{seed}": {"probe": {"value": dict(
+        linear=dict(balanced_accuracy=0.5), knn=dict(balanced_accuracy=0.5), silhouette_cosine=[0.1],
+        effective_rank=3.0, correspondence=0.2)}} for seed in (2, 3)}, cfg).count("\n") == 2
+
+
+def test_a_run_that_fails_is_named_at_once_and_stops_only_those_that_need_it(monkeypatch, capsys):
+    cfg = study.Config(rows={"bad": {}, "after": {"of": "bad"}, "good": {}}, seeds=(0,), jobs=1, name="s")
+    ran = []
+
+    def run_row(n, row, seed, cfg, asked):
+        ran.append(row)
+        if row == "bad":
+            raise SystemExit("no such scans")
+        assert "bad-0: no such scans" in capsys.readouterr().out
+        return {}
+
+    monkeypatch.setattr(study, "run_row", run_row)
+    with pytest.raises(SystemExit, match="2 of 3 runs of s failed: bad-0, after-0; started again"):
+        study.run_all(cfg, cfg.seeds)
+    assert ran == ["bad", "good"]
+
+
 def test_a_row_may_fine_tune_more_of_its_run_than_the_encoder():
     cfg = study.Config(rows={"more": {"method": "decoder_4", "file": "network.pt"}}, seeds=(2,), shots={"more": (5,)},
                        pretrain_config="p.py", finetune_config="f.py", runs="r")
@@ -160,8 +204,8 @@ def test_a_row_may_have_keys_of_its_own_in_stage_2():
 
 def test_every_row_that_learns_keeps_the_rate_of_its_best_probe(monkeypatch, tmp_path):
     """Rates are tried with the first seed alone and judged by their own part; a run at the best is not redone."""
-    cfg = study.Config(rows={"none": None, "here": {"init": "e.pt"}, "ours": {}, "theirs": {"method": "voco"}},
-                       seeds=(4, 5), rates=(1e-3, 1e-2), rate_keys={"exclude": ("a*",)}, runs=str(tmp_path),
+    cfg = study.Config(rows={"none": None, "here": {"init": "e.pt"}, "ours": {}, "theirs": {"method": "voco"},
+                             "again": {"of": "ours"}}, seeds=(4, 5), rates=(1e-3, 1e-2), rate_keys={"exclude": ("a*",)}, runs=str(tmp_path),
                        pretrain_config="p.py", shots={"none": (2,), "theirs": (2,)}, jobs=1,
                        tuned={"theirs": {"steps": 3}})
     ran, scores = [], {("ours", 1e-3): 0.5, ("ours", 1e-2): 0.3, ("theirs", 1e-3): 0.2, ("theirs", 1e-2): 0.4}
@@ -182,7 +226,7 @@ def test_every_row_that_learns_keeps_the_rate_of_its_best_probe(monkeypatch, tmp
     assert ran == [("ours, 0.001", 4, only), ("ours, 0.01", 4, only), ("theirs, 0.001", 4, only),
                    ("theirs, 0.01", 4, only)]
     assert chosen.rows == {"none": None, "here": {"init": "e.pt"}, "ours, 0.001": {"lr": 1e-3},
-                           "theirs, 0.01": {"method": "voco", "lr": 1e-2}}
+                           "theirs, 0.01": {"method": "voco", "lr": 1e-2}, "again": {"of": "ours, 0.001"}}
     assert chosen.shots == {"none": (2,), "theirs, 0.01": (2,)} and chosen.tuned == {"theirs, 0.01": {"steps": 3}}
     assert chosen.seeds == (4, 5)
     assert tried.splitlines()[2:4] == ["| ours | 0.500 | 0.300 |", "| theirs | 0.200 | 0.400 |"]
@@ -200,7 +244,7 @@ def test_every_row_that_learns_keeps_the_rate_of_its_best_probe(monkeypatch, tmp
         ("ours", 3e-4): 0.45, ("theirs", 3e-2): 0.5, ("theirs", 1e-1): None}
     chosen, tried = study.at_best_rates(wide)
     assert [row for row, *_ in ran[6:]] == ["ours, 0.0003", "theirs, 0.03", "theirs, 0.1"]
-    assert list(chosen.rows) == ["none", "here", "ours, 0.001", "theirs, 0.03"]
+    assert list(chosen.rows) == ["none", "here", "ours, 0.001", "theirs, 0.03", "again"]
     assert tried.splitlines()[0] == "| linear probe that chooses | " + " | ".join(
         f"rate {rate}" for rate in ("0.0003", "0.001", "0.003", "0.01", "0.03", "0.1")) + " |"
     assert tried.splitlines()[2:4] == ["| ours | 0.450 | 0.500 | 0.100 | 0.300 |  |  |",
