@@ -63,8 +63,12 @@ def load(Config, argv):
 def read(file):
     """{key: value} of a file of plain assignments; one line that names the file where it cannot be run."""
     if not pathlib.Path(file).is_file():
-        near = ", ".join(sorted(map(str, pathlib.Path(file).parent.glob("[!_]*.py"))))
-        raise SystemExit(f"{file}: no such config file" + (f"; there are: {near}" if near else ""))
+        there = sorted(map(str, pathlib.Path(file).parent.glob("[!_]*.py")))
+        ours = {path.stem: os.path.relpath(path) for path in pathlib.Path(__file__).parent.glob("[!_]*.py")}
+        named = ours | {pathlib.Path(path).stem: path for path in there}
+        near = difflib.get_close_matches(pathlib.Path(file).stem, named, 1, 0.7)
+        hint = f"did you mean {named[near[0]]}?" if near else "there are: " + (", ".join(there) or "none")
+        raise SystemExit(f"{file}: no such config file; {hint}")
     try:
         found = runpy.run_path(file)
     except Exception as error:                                      # whatever it is, the file is at fault

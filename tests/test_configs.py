@@ -117,8 +117,13 @@ def test_words_that_look_like_values_are_refused(file):
 
 def test_files_that_are_not_there_or_too_many(file, tmp_path):
     path = file("steps = 5")
-    assert ends(str(tmp_path / "y.py")) == f"{tmp_path}/y.py: no such config file; there are: {path}"
-    assert "no such config file" in ends("nowhere/y.py")
+    other = tmp_path / "my_liver.py"
+    other.touch()
+    near, far = str(tmp_path / "my_livers.py"), str(tmp_path / "zzzz.py")
+    assert ends(near) == f"{near}: no such config file; did you mean {other}?"
+    assert ends(far) == f"{far}: no such config file; there are: {other}, {path}"
+    assert ends("btvc") == f"btvc: no such config file; did you mean {os.path.relpath(HERE / 'btcv.py')}?"
+    assert ends("nowhere/zzzz.py") == "nowhere/zzzz.py: no such config file; there are: none"
 
 
 def test_keys_of_other_scripts_are_named_and_left_alone_but_only_in_a_file(file, capsys):
