@@ -15,6 +15,7 @@ class_from = "{class}"
 classes = {"0": 0, "1": 1, "2": 2}
 val_share = 0.25
 test_share = 0.25
+window = (-175.0, 250.0)        # HU, as in configs/demo.py
 resize = (64, 64, 64)
 crop = (64, 64, 64)
 feature_size = 12

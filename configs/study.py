@@ -47,9 +47,10 @@ rows = {
     # Eq. 9: the weights of the losses
     "token losses halved": {"weights": (1, 0.5, 0.5)},
     "token losses doubled": {"weights": (1, 2, 2)},
-    # what stage 2 makes of an encoder that stays as it is, and of three times as many crops
+    # what stage 2 makes of an encoder that stays as it is, and of more crops than 150
     "random, frozen": {"steps": 1, "warmup": 0, "lr": 1e-9},
     "all three, frozen": {"of": "all three"},
+    "random, 300 crops": None,
     "random, 450 crops": None,
     "all three, 450 crops": {"of": "all three"},
     "the decoder's map of 8 voxels, too, 450 crops": {"of": "the decoder's map of 8 voxels, too"},
@@ -57,8 +58,10 @@ rows = {
     "all three, frozen, 450 crops": {"of": "all three"},
 }
 shots = dict.fromkeys(rows, (2,)) | dict.fromkeys(("random", "L_g", "all three"), (1, 2, 4, 8))
-_longer, _frozen = {"steps": 450, "warmup": 45, "eval_every": 450}, {"freeze_encoder": True}
-tuned = {row: (_longer if "450 crops" in row else {}) | (_frozen if "frozen" in row else {}) for row in rows}
+shots |= {"random, 450 crops": (1, 2, 20), "all three, 450 crops": (1, 2)}
+_crops = {row: int(row.split()[-2]) for row in rows if row.endswith(" crops")}
+tuned = {row: {"steps": n, "warmup": n // 10, "eval_every": n} for row, n in _crops.items()}
+tuned |= {row: tuned.get(row, {}) | {"freeze_encoder": True} for row in rows if "frozen" in row}
 labelled = 20                   # training subjects of the fine-tuning config
 finetune_config = "configs/demo_segmentation.py"
 # 10 of the 32
