@@ -21,6 +21,7 @@ rows = {
     "L_g": {"weights": (1, 0, 0)},
     "L_g + L_p2p": {"weights": (1, 1, 0)},
     "L_g + L_p2s": {"weights": (1, 0, 1)},
+    "L_p2p + L_p2s": {"weights": (0, 1, 1)},
     "all three": {},
     # Eq. 4: matching and temperature
     "Sinkhorn": {"matching": "sinkhorn", "sinkhorn_iterations": 20},
