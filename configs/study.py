@@ -5,8 +5,8 @@
     python -m lab.study configs/study.py
 
 Every row and seed is an ordinary run of configs/demo.py with the keys below; started again it goes on where
-it stopped. All of it takes a day on two cores: --rows, --shots and --tuned of some of the rows, the tables
-then hold these. A row with a method is in lab/rivals/variants.py; `file`: stage 2 starts from a decoder that
+it stopped. Hours and hours on two cores: --rows, --shots and --tuned of some of the rows, the tables then
+hold these. A row with a method is in lab/rivals/variants.py; `file`: stage 2 starts from a decoder that
 learned as well.
 """
 name = "study"

@@ -59,19 +59,28 @@ class Config:
     tuned: dict = dataclasses.field(default_factory=dict)   # {row: keys of its stage 2, over finetune_keys}
 
 
+def base(own):
+    """The row whose encoder a row of these keys fine-tunes, or None."""
+    return (own or {}).get("of")
+
+
+def learns(own):
+    """Whether a row of these keys pre-trains, and is not random weights or an encoder that is there."""
+    return own is not None and not {"of", "init"} & {*own}
+
+
 def check(cfg):
     """Exit unless there are rows, seeds, scans to judge rates by that no table reports, and cfg.labelled
     training subjects, of which the shots are shares."""
     if not cfg.rows or not cfg.seeds or set(cfg.shots) - set(cfg.rows):
         raise SystemExit("the study needs `seeds`, `rows`, and shots of some of them; found seeds "
                          f"{cfg.seeds}, rows {', '.join(cfg.rows) or 'none'}, shots {cfg.shots}")
-    learn = []
+    before = []
     for row, own in cfg.rows.items():
-        if own and "of" in own and (own["of"] not in learn or len(own) > 1):
+        if base(own) and (base(own) not in before or len(own) > 1):
             raise SystemExit(f"row {row}: expected 'of' a row before it that learns, and no other key, found "
-                             f"{own}; there are {', '.join(learn) or 'none'}")
-        if own is not None and not {"of", "init"} & {*own}:
-            learn.append(row)
+                             f"{own}; there are {', '.join(before) or 'none'}")
+        before += [row] * learns(own)
     if idle := sorted(set(cfg.tuned) - set(cfg.shots)):
         raise SystemExit(f"tuned: expected rows that have shots, found {', '.join(idle)}")
     if cfg.rates and not cfg.rate_keys:
@@ -106,15 +115,13 @@ def plan(row, seed, cfg):
     """{part: [[module, config, ..], ..]}: "pretrain", "rate" (the probe that chooses a learning rate),
     "probe" and every number of labelled scans."""
     name, own, runs = f"{row}-{seed}", cfg.rows[row], Path(cfg.runs) / cfg.name
-    probes = cfg.probes
     same = dict(runs=runs, seed=seed, data=cfg.data, cache=cfg.cache, workers=cfg.workers)
     probing = same | cfg.pretrain_keys | cfg.probe_keys | dict(name=name, probe_random=False)
     parts, init = {}, ""
     if own is None:
         probing["checkpoint"] = "random"
-    elif "of" in own:
-        init = runs / f"{own['of']}-{seed}" / cfg.rows[own["of"]].get("file", "encoder.pt")
-        probes = False                      # that row's is of the same encoder
+    elif base(own):
+        init = runs / f"{base(own)}-{seed}" / cfg.rows[base(own)].get("file", "encoder.pt")
     elif "init" in own:
         init = probing["checkpoint"] = own["init"].format(seed=seed)
     else:
@@ -127,7 +134,7 @@ def plan(row, seed, cfg):
         probing |= {k: v for k, v in own.items() if k in inspect.signature(Swin3D).parameters}
         if cfg.rates and seed == cfg.seeds[0]:
             parts["rate"] = [["lab.probe", cfg.pretrain_config, *flags(probing | cfg.rate_keys)]]
-    if probes:
+    if cfg.probes and not base(own):        # whose probe is of the same encoder
         parts["probe"] = [["lab.probe", cfg.pretrain_config, *flags(probing)]]
     for shots in cfg.shots.get(row, ()):
         tuned = f"{name}-{shots}"
@@ -212,7 +219,7 @@ def markdown(heads, lines):
 def probe_table(results, cfg):
     """A row of markdown per row of the study: mean over the seeds, and every seed in their order."""
     lines = []
-    for row in (row for row, own in cfg.rows.items() if "of" not in (own or {})):
+    for row in (row for row, own in cfg.rows.items() if not base(own)):
         probes = [results[f"{row}-{seed}"]["probe"]["value"] for seed in cfg.seeds]
         columns = [[p[which]["balanced_accuracy"] for p in probes] for which in ("linear", "knn")]
         columns += [[p["silhouette_cosine"][0] for p in probes]]
@@ -280,22 +287,22 @@ def run_all(cfg, seeds, asked=None):
     jobs, ends = [(row, seed) for seed in seeds for row in cfg.rows], {}    # every row once before any twice
 
     def one(n, row, seed):
+        needed = base(cfg.rows[row])        # which comes before, so it is done or under way
         try:
-            if other := (cfg.rows[row] or {}).get("of"):
-                ends[other, seed].result()      # it comes before, so it is done or under way
+            if needed and ends[needed, seed].result() is None:
+                raise SystemExit(f"not run, for {needed}-{seed} failed")
             return run_row(n, row, seed, cfg, asked)
         except SystemExit as error:
             print(f"{row}-{seed}: {error}", flush=True)
-            raise
 
     with ThreadPoolExecutor(cfg.jobs) as pool:
         for n, job in enumerate(jobs):
             ends[job] = pool.submit(one, n, *job)
-    lost = [f"{row}-{seed}" for (row, seed), end in ends.items() if isinstance(end.exception(), SystemExit)]
-    if lost:
+    outcomes = {f"{row}-{seed}": end.result() for (row, seed), end in ends.items()}
+    if lost := [name for name, outcome in outcomes.items() if outcome is None]:
         raise SystemExit(f"{len(lost)} of {len(jobs)} runs of {cfg.name} failed: {', '.join(lost)}; started "
                          "again the study goes on with these")
-    return {f"{row}-{seed}": end.result() for (row, seed), end in ends.items()}
+    return outcomes
 
 
 def widened(rates, best):
@@ -309,7 +316,7 @@ def widened(rates, best):
 
 def at_best_rates(cfg):
     """(cfg with "row, rate" in place of every row that learns, a table of what each rate gave)."""
-    learn = {row: own for row, own in cfg.rows.items() if own is not None and not {"init", "of"} & {*own}}
+    learn = {row: own for row, own in cfg.rows.items() if learns(own)}
     asked, scores, results = {row: sorted(cfg.rates) for row in learn}, {}, {}
     for _ in range(1 + cfg.widen):
         todo = [(row, rate) for row in learn for rate in asked[row] if (row, rate) not in scores]
@@ -326,7 +333,7 @@ def at_best_rates(cfg):
     named = {row: f"{row}, {rate:g}" for row, rate in best.items()}
     rows = {named.get(row, row): own | dict(lr=best[row]) if row in best else own
             for row, own in cfg.rows.items()}
-    rows = {row: dict(of=named[own["of"]]) if own and "of" in own else own for row, own in rows.items()}
+    rows = {row: dict(of=named[base(own)]) if base(own) else own for row, own in rows.items()}
     shots, tuned = ({named.get(row, row): own for row, own in of.items()} for of in (cfg.shots, cfg.tuned))
     every, show = sorted({rate for _, rate in scores}), {None: "", -1: "diverged"}
     lines = [[row, *(show.get(x, x and f"{x:.3f}") for x in (scores.get((row, rate)) for rate in every))]

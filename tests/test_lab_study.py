@@ -140,7 +140,7 @@ def test_a_row_may_start_from_an_encoder_that_is_there():
     assert "--init=runs/x-2/encoder.pt" in tune and "--label_fraction=0.25" in tune and "--hd95=False" in score
 
 
-def test_a_row_may_fine_tune_what_another_row_learned(monkeypatch, tmp_path):
+def test_a_row_may_fine_tune_what_another_row_learned(monkeypatch):
     """Of the file that the other starts from, in the study's own folder, and not before the other is done."""
     cfg = study.Config(rows={"more": {"decoder": True, "file": "network.pt"}, "long": {"of": "more"}},
                        seeds=(2, 3), shots={"more": (5,), "long": (5,)}, pretrain_config="p.py",
@@ -168,19 +168,20 @@ def test_a_row_may_fine_tune_what_another_row_learned(monkeypatch, tmp_path):
 
 def test_a_run_that_fails_is_named_at_once_and_stops_only_those_that_need_it(monkeypatch, capsys):
     cfg = study.Config(rows={"bad": {}, "after": {"of": "bad"}, "good": {}}, seeds=(0,), jobs=1, name="s")
-    ran = []
+    ran, said = [], []
 
     def run_row(n, row, seed, cfg, asked):
         ran.append(row)
         if row == "bad":
             raise SystemExit("no such scans")
-        assert "bad-0: no such scans" in capsys.readouterr().out
+        said.append(capsys.readouterr().out)
         return {}
 
     monkeypatch.setattr(study, "run_row", run_row)
     with pytest.raises(SystemExit, match="2 of 3 runs of s failed: bad-0, after-0; started again"):
         study.run_all(cfg, cfg.seeds)
     assert ran == ["bad", "good"]
+    assert said == ["bad-0: no such scans\nafter-0: not run, for bad-0 failed\n"]
 
 
 def test_a_row_may_fine_tune_more_of_its_run_than_the_encoder():
@@ -205,8 +206,8 @@ def test_a_row_may_have_keys_of_its_own_in_stage_2():
 def test_every_row_that_learns_keeps_the_rate_of_its_best_probe(monkeypatch, tmp_path):
     """Rates are tried with the first seed alone and judged by their own part; a run at the best is not redone."""
     cfg = study.Config(rows={"none": None, "here": {"init": "e.pt"}, "ours": {}, "theirs": {"method": "voco"},
-                             "again": {"of": "ours"}}, seeds=(4, 5), rates=(1e-3, 1e-2), rate_keys={"exclude": ("a*",)}, runs=str(tmp_path),
-                       pretrain_config="p.py", shots={"none": (2,), "theirs": (2,)}, jobs=1,
+                             "again": {"of": "ours"}}, seeds=(4, 5), rates=(1e-3, 1e-2),
+                       rate_keys={"exclude": ("a*",)}, runs=str(tmp_path), pretrain_config="p.py", shots={"none": (2,), "theirs": (2,)}, jobs=1,
                        tuned={"theirs": {"steps": 3}})
     ran, scores = [], {("ours", 1e-3): 0.5, ("ours", 1e-2): 0.3, ("theirs", 1e-3): 0.2, ("theirs", 1e-2): 0.4}
     plans = {}
