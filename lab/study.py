@@ -166,7 +166,8 @@ def decisive(command):
 
 def run_row(n, row, seed, cfg, asked):
     """Run what is not complete, of the parts asked for (None: all) -> {part: {"value", "minutes", "commands",
-    "commit"}}, as outcome.json holds it. A trial of a rate that diverges has the value "diverged"."""
+    "commit"}} of those in its plan, out of outcome.json, which keeps others of before, whole or broken off.
+    A trial of a rate that diverges has the value "diverged"."""
     folder, gpus = Path(cfg.runs) / cfg.name / f"{row}-{seed}", torch.cuda.device_count()
     folder.mkdir(parents=True, exist_ok=True)
     done, log = folder / "outcome.json", folder / "out.log"
@@ -176,7 +177,8 @@ def run_row(n, row, seed, cfg, asked):
         environment |= dict(CUDA_VISIBLE_DEVICES=str(n % cfg.jobs % gpus))
     else:
         environment |= dict(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // cfg.jobs)))
-    for part, commands in plan(row, seed, cfg).items():
+    parts = plan(row, seed, cfg)
+    for part, commands in parts.items():
         before = outcome.get(part, {})
         same = [*map(decisive, before.get("commands", []))] == [*map(decisive, commands)]
         if same and "minutes" in before or asked and part not in asked:
@@ -204,7 +206,7 @@ def run_row(n, row, seed, cfg, asked):
                              commit=commit)
         run.write_json(done, outcome)
         print(f"{folder.name}, {part}: {minutes:.1f} min{', ' + value if value else ''}", flush=True)
-    return outcome
+    return {part: outcome[part] for part in parts if part in outcome}
 
 
 def cells(values, form="{:.3f}"):

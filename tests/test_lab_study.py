@@ -303,6 +303,19 @@ def test_a_row_that_was_stopped_goes_on_under_its_own_keys_alone(monkeypatch, tm
     assert study.run_row(0, "one", 0, cfg, None).keys() == {"pretrain", "probe"}
 
 
+def test_a_fine_tuning_that_was_broken_off_and_is_asked_for_no_more_is_in_no_table(monkeypatch, tmp_path):
+    cfg = study.Config(rows={"one": {}}, seeds=(0,), shots={"one": (2,)}, pretrain_config="p.py",
+                       finetune_config="f.py", runs=str(tmp_path))
+    programs = Commands(monkeypatch)
+    monkeypatch.setattr(study, "number", lambda folder, part, cfg: 1 / (part != "2"))        # ends stage 2
+    with pytest.raises(ZeroDivisionError):
+        study.run_row(0, "one", 0, cfg, None)
+    assert "minutes" not in json.loads((tmp_path / "study/one-0/outcome.json").read_text())["2"]
+    found = study.run_row(0, "one", 0, dataclasses.replace(cfg, shots={}), None)
+    assert found.keys() == {"pretrain", "probe"} and study.cost({"one-0": found})[1] == ["c0"]
+    assert programs.ran == ["pretrain", "lab.probe", "finetune", "evaluate"]
+
+
 def test_a_trial_that_diverges_is_lost_and_not_repeated(monkeypatch, tmp_path):
     cfg = study.Config(rows={"one, 0.01": {"lr": 1e-2}}, seeds=(0,), pretrain_config="p.py", runs=str(tmp_path),
                        rates=(1e-2,), rate_keys={"exclude": ("a",)})
