@@ -129,7 +129,7 @@ def modality_of(samples):
 
 
 def sizes(boxes):
-    """slab, crop, token_patch and the share of the slab that boxes (n, 3) in voxels fill."""
+    """slab, crop and the share of the slab that boxes (n, 3) in voxels fill."""
     median = np.median(boxes, axis=0)
     for edge in (96, 64):
         crop = np.array([edge] * 3)
@@ -137,9 +137,7 @@ def sizes(boxes):
         share = float((np.minimum(boxes, slab) / slab).prod(1).mean())
         if share > 0.6:
             break
-    tokens = {patch: int(np.prod(slab // patch)) for patch in (8, 16, 32)}
-    patch = next((p for p, count in tokens.items() if count <= 4096), 32)
-    return tuple(slab.tolist()), tuple(crop.tolist()), patch, tokens[patch], share
+    return tuple(slab.tolist()), tuple(crop.tolist()), share
 
 
 def intensity_of(modality, largest):
@@ -186,7 +184,7 @@ def written(name, root, patterns, headers, samples):
         if (finer < middle).any():
             reason += ", small enough for a crop of 64 to be filled"
     boxes = body / (spacings if spacing == "()" else finer)
-    slab, crop, patch, tokens, share = sizes(boxes)
+    slab, crop, share = sizes(boxes)
     size = " x ".join(f"{v:.0f}" for v in np.median(boxes, axis=0))
     lines = [f'"""{len(headers)} scans, planned from their headers and the voxels of {len(samples)}.', "",
              f"    python data.py configs/{name}.py       checks all, fills the cache",
@@ -198,7 +196,7 @@ def written(name, root, patterns, headers, samples):
              f"# the median body is {size} voxels; bodies fill {share:.0%} of the slab",
              *(["# UNSURE: that is little, the rest is padding"] if share < 0.5 else []),
              f"slab = {slab}", f"fill_share = {min(0.3, round(0.8 * share, 2))}", f"crop = {crop}",
-             f"token_patch = {patch}                 # {tokens} tokens a slab",
+             f"token_patch = 8                 # {np.prod(slab) // 512} tokens; larger ones teach less",
              f"shift = {tuple(round(n / 16, 1) for n in slab)}       # voxels; a sixteenth of the slab",
              "# UNSURE: flips are off, for sides have names; and are the scans tilted more than `rotation`?",
              *([] if torch.cuda.is_available() else [SMALL]),

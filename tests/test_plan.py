@@ -67,10 +67,9 @@ def test_a_scan_whose_voxels_are_damaged_is_one_line(tmp_path):
     assert "\n" not in str(caught.value) and not (tmp_path / "planned.py").exists()
 
 
-def test_boxes_decide_slab_crop_and_patch():
-    assert plan.sizes(np.array([[400, 390, 100]] * 3)) == ((384, 384, 96), (96, 96, 96), 16, 3456, 1.0)
-    slab, crop, patch, tokens, share = plan.sizes(np.array([[70, 66, 64], [64, 64, 32]]))
-    assert (slab, crop, patch, tokens, share) == ((64, 64, 64), (64, 64, 64), 8, 512, 0.75)
+def test_boxes_decide_slab_and_crop():
+    assert plan.sizes(np.array([[400, 390, 100]] * 3)) == ((384, 384, 96), (96, 96, 96), 1.0)
+    assert plan.sizes(np.array([[70, 66, 64], [64, 64, 32]])) == ((64, 64, 64), (64, 64, 64), 0.75)
 
 
 def test_headers_alone_give_shape_and_spacing(tmp_path):
