@@ -1,5 +1,5 @@
-"""Does a longer stage 2 show what an encoder is worth? Sarcoma in T1, 8 labelled patients, 600 crops and not the
-200 of the other studies, at the benchmark's rate and at one that moves the encoder less.
+"""Does a longer stage 2 show what an encoder is worth? Sarcoma in T1, 8 labelled patients, 600 crops and not
+the 200 of the other studies, at the benchmark's rate and at one that moves the encoder less.
 
     python -m lab.sarcoma data_sets data/sarcoma        once; a clone of github.com/theibsi/data_sets
     python -m lab.study configs/study_sarcoma_longer.py

@@ -13,6 +13,7 @@ rows = {
     "scratch": None,
     "tokens of 8 voxels": {},
     "the decoder's map of 8 voxels, too": {"decoder": True, "file": "network.pt"},
+    "tokens of 16 voxels": {"token_patch": 16},
     "tokens of 8, 16 and 32 voxels": {"method": "maps"},
 }
 shots = dict.fromkeys(rows, (8,))
