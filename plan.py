@@ -196,7 +196,7 @@ def written(name, root, patterns, headers, samples):
              f"# the median body is {size} voxels; bodies fill {share:.0%} of the slab",
              *(["# UNSURE: that is little, the rest is padding"] if share < 0.5 else []),
              f"slab = {slab}", f"fill_share = {min(0.3, round(0.8 * share, 2))}", f"crop = {crop}",
-             f"token_patch = 8                 # {np.prod(slab) // 512} tokens; larger ones teach less",
+             f"token_patch = 8                 # {np.prod(slab) // 8 ** 3} tokens; larger ones taught less",
              f"shift = {tuple(round(n / 16, 1) for n in slab)}       # voxels; a sixteenth of the slab",
              "# UNSURE: flips are off, for sides have names; and are the scans tilted more than `rotation`?",
              *([] if torch.cuda.is_available() else [SMALL]),

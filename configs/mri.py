@@ -19,7 +19,7 @@ zscore_over = "volume"          # zeros included; released code
 foreground = 0.0                # crop to the voxels above it; released code
 # 2 x 2 x 1 crops; ours: a head is smaller than 384 voxels (released code enlarges it to 384 x 384 x 96)
 slab = (192, 192, 96)
-token_patch = 32                # voxels; released code (8 taught more on phantoms)
+token_patch = 32                # voxels; released code (on phantoms 8 is better)
 rotation = (20.0, 20.0, 30.0)   # degrees about x y z; z: released code, x y: ours, a head turns freely
 steps = 100_000                 # paper
 keep = (1000, 10_000)           # for the picture of how features evolve (the paper's Fig. 7); ours

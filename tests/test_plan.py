@@ -72,6 +72,18 @@ def test_boxes_decide_slab_and_crop():
     assert plan.sizes(np.array([[70, 66, 64], [64, 64, 32]])) == ((64, 64, 64), (64, 64, 64), 0.75)
 
 
+def test_a_large_slab_has_tokens_of_8_voxels_too(tmp_path):
+    import nibabel as nib
+    voxels = np.full((210, 210, 104), -1000, np.int16)
+    noise = np.random.default_rng(0).normal(40, 20, (200, 200, 96))
+    voxels[5:-5, 5:-5, 4:-4] = ndimage.gaussian_filter(noise, 1) + 40
+    (tmp_path / "scans").mkdir()
+    for name in "ab":
+        nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / f"scans/{name}.nii.gz")
+    cfg, text = planned(tmp_path, tmp_path / "scans")
+    assert (cfg.slab, cfg.token_patch) == ((192, 192, 96), 8) and "# 6912 tokens; larger ones" in text
+
+
 def test_headers_alone_give_shape_and_spacing(tmp_path):
     import nibabel as nib
     affine = np.array([[0, 0, 3.0, 1], [-1.5, 0, 0, 2], [0, 2.0, 0, 3], [0, 0, 0, 1]])
