@@ -198,8 +198,9 @@ def run_row(n, row, seed, cfg, asked):
                 line = [sys.executable, "-m", *command]
                 ended = subprocess.run(line, env=environment, stdout=file, stderr=subprocess.STDOUT)
             if ended.returncode:
-                if part != "pretrain" or not asked or "not finite" not in log.read_text().splitlines()[-1]:
-                    raise SystemExit(f"python -m {' '.join(command)}\nfailed, see {log}")
+                why = log.read_text().splitlines()[-1]
+                if part != "pretrain" or not asked or "not finite" not in why:
+                    raise SystemExit(f"{why}, says {log} of python -m {' '.join(command)}")
                 value = "diverged"
         minutes = (time.time() - began) / 60
         outcome[part] = dict(value=value or number(folder, part, cfg), minutes=minutes, commands=commands,

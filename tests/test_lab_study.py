@@ -295,8 +295,11 @@ def test_a_row_that_was_stopped_goes_on_under_its_own_keys_alone(monkeypatch, tm
     cfg = study.Config(rows={"one": {"lr": 1e-2}}, seeds=(0,), pretrain_config="p.py", runs=str(tmp_path))
     programs = Commands(monkeypatch)
     programs.diverges = ["--lr=0.01"]
-    with pytest.raises(SystemExit, match="failed, see"):            # outside a search of rates
+    with pytest.raises(SystemExit) as caught:                       # outside a search of rates
         study.run_row(0, "one", 0, cfg, None)
+    said = str(caught.value)
+    assert said.startswith(f"step 3: not finite (loss nan), says {tmp_path}/study/one-0/out.log of python -m pretrain p.py")
+    assert "\n" not in said
     with pytest.raises(SystemExit, match="pretrain: was made by"):
         study.run_row(0, "one", 0, dataclasses.replace(cfg, rows={"one": {"lr": 1e-3}}), None)
     programs.diverges = []
