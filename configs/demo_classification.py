@@ -3,6 +3,9 @@
     python -m lab.phantom --demo
     python finetune.py configs/demo_classification.py --init=runs/demo/encoder.pt
     python evaluate.py configs/demo_classification.py
+
+It shows that the stage runs, and stays at chance: classes differ in the size of a spleen or of the kidneys,
+and even a logistic regression on their true volumes is right in only 0.75 of 56 phantoms, each left out once.
 """
 task = "classification"
 name = "demo_classification"

@@ -5,9 +5,8 @@
     python -m lab.study configs/study.py
 
 Every row and seed is an ordinary run of configs/demo.py with the keys below; started again it goes on where
-it stopped. Hours and hours on two cores: --rows, --shots and --tuned of some of the rows, the tables then
-hold these. A row with a method is in lab/rivals/variants.py; `file`: stage 2 starts from a decoder that
-learned as well.
+it stopped. Hours and hours on two cores: --only="('random', 'Sinkhorn')" is of some of the rows. A row with
+a method is in lab/rivals/variants.py; `file`: stage 2 starts from a decoder that learned as well.
 """
 name = "study"
 seeds = (0, 1, 2)

@@ -30,7 +30,8 @@ from model import Swin3D
 @dataclasses.dataclass
 class Config:
     """The keys of a study."""
-    name: str = "study"
+    name: str = "study"             # of the folder of its runs, which other studies may share
+    table: str = "study"            # of its tables there, <table>.md and .json
     runs: str = "runs"
     data: str = "data"
     cache: str = "cache"
@@ -39,6 +40,7 @@ class Config:
     # stage 2 starts from if not encoder.pt; None: random weights; {"of": row}: what an earlier row learned,
     # fine-tuned in another way; {"init": file}: an encoder of another study, of each {seed}}
     rows: dict = dataclasses.field(default_factory=dict)
+    only: str | tuple = ()          # of `rows`, the few that are run and shown; (): all
     seeds: tuple = ()               # of every row, e.g. (0, 1, 2)
     # Learning rates that every row tries with the first seed: it keeps that of the best linear probe of the
     # scans of rate_keys. (): the rate of its keys
@@ -69,20 +71,30 @@ def learns(own):
     return own is not None and not {"of", "init"} & {*own}
 
 
+def narrow(cfg):
+    """cfg with the rows of cfg.only alone, and what is asked of these."""
+    cfg = dataclasses.replace(cfg, only=data.several(cfg.only))
+    for key in ("only", "shots", "tuned"):
+        if lost := sorted({*getattr(cfg, key)} - {*cfg.rows}):
+            raise SystemExit(f"{key}: expected some of the rows {', '.join(cfg.rows) or 'none'}; "
+                             f"found {', '.join(lost)}")
+    kept = {key: {row: own for row, own in getattr(cfg, key).items() if row in (cfg.only or cfg.rows)}
+            for key in ("rows", "shots", "tuned")}
+    return dataclasses.replace(cfg, **kept)
+
+
 def check(cfg):
     """Exit unless there are rows, seeds, scans to judge rates by that no table reports, and cfg.labelled
     training subjects, of which the shots are shares."""
-    if not cfg.rows or not cfg.seeds or set(cfg.shots) - set(cfg.rows):
-        raise SystemExit("the study needs `seeds`, `rows`, and shots of some of them; found seeds "
-                         f"{cfg.seeds}, rows {', '.join(cfg.rows) or 'none'}, shots {cfg.shots}")
+    if not cfg.rows or not cfg.seeds:
+        raise SystemExit(f"the study needs `seeds` and `rows`; found seeds {cfg.seeds}, rows "
+                         f"{', '.join(cfg.rows) or 'none'}")
     before = []
     for row, own in cfg.rows.items():
         if base(own) and (base(own) not in before or len(own) > 1):
             raise SystemExit(f"row {row}: expected 'of' a row before it that learns, and no other key, found "
                              f"{own}; there are {', '.join(before) or 'none'}")
         before += [row] * learns(own)
-    if idle := sorted(set(cfg.tuned) - set(cfg.shots)):
-        raise SystemExit(f"tuned: expected rows that have shots, found {', '.join(idle)}")
     if cfg.rates and not cfg.rate_keys:
         raise SystemExit(f"rates = {cfg.rates} are judged on the scans that rate_keys name; it is empty, and "
                          "the scans that the table reports must not choose")
@@ -353,12 +365,14 @@ def conduct(cfg):
 
     Each run is the ordinary command, so that it can be repeated by hand; what is complete is not run again.
     """
+    cfg = narrow(cfg)
     check(cfg)
     cfg, tried = at_best_rates(cfg) if cfg.rates else (cfg, "")
     results = run_all(cfg, cfg.seeds)
     text, out = table(results, cfg) + (tried and f"\n\n{tried}"), Path(cfg.runs) / cfg.name
-    run.write_json(out / "study.json", dict(results=results, config=dataclasses.asdict(cfg)) | run.versions())
-    (out / "study.md").write_text(text + "\n")
+    found = dict(results=results, config=dataclasses.asdict(cfg)) | run.versions()
+    run.write_json(out / f"{cfg.table}.json", found)
+    (out / f"{cfg.table}.md").write_text(text + "\n")
     print(text)
 
 

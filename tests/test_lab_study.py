@@ -24,8 +24,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("argv, text", [
     (["--rows={'a': {}}"],
-     "the study needs `seeds`, `rows`, and shots of some of them; found seeds (), rows a, shots {}"),
-    (["--seeds=0,", "--rows={'a': {}}", "--shots={'b': (1,)}"], "found seeds (0,), rows a, shots {'b': (1,)}"),
+     "the study needs `seeds` and `rows`; found seeds (), rows a"),
+    (["--seeds=0,", "--rows={'a': {}}", "--shots={'b': (1,)}"], "shots: expected some of the rows a; found b"),
+    (["--seeds=0,", "--rows={'a': {}}", "--tuned={'b': {}}"], "tuned: expected some of the rows a; found b"),
+    (["--seeds=0,", "--rows={'a': {}, 'b': {}}", "--only=('b', 'c')"],
+     "only: expected some of the rows a, b; found c"),
+    (["--seeds=0,", "--rows={'a': {}, 'b': {'of': 'a'}}", "--only=('b',)"],
+     "row b: expected 'of' a row before it that learns, and no other key, found {'of': 'a'}; there are none"),
     (["--seeds=0,", "--rows={'a': {}}", "--rates=0.1,"], "scans that the table reports must not choose"),
 ])
 def test_a_study_without_rows_or_seeds_is_refused(argv, text):
@@ -106,6 +111,10 @@ workers = 0
             assert len(trained["subjects"]) == n
             assert trained["config"]["init"] == ("" if row == "random" else encoder)
     assert list(tuned) == [("random", 1), ("in plane", 1), ("random", 2), ("in plane", 2)]
+    few = run("--only=random", "--shots={}", "--table=few")
+    assert [line for line in few.splitlines() if line.startswith("| random")] == [
+        line for line in again.splitlines() if line.startswith("| random")] and "in plane" not in few
+    assert (folder / "study.md").read_text() in again and (folder / "few.md").read_text() in few
 
 
 def test_scores_of_few_labels_are_paired_case_by_case_and_seed_by_seed():
@@ -199,8 +208,9 @@ def test_a_row_may_have_keys_of_its_own_in_stage_2():
                        pretrain_config="p.py", finetune_config="f.py")
     short, long = (study.plan(row, 2, cfg)["5"][0] for row in cfg.rows)
     assert "--steps=10" in short and "--steps=30" in long and "--steps=10" not in long and "--lr=0.1" in long
-    with pytest.raises(SystemExit, match="tuned: expected rows that have shots, found lon"):
-        study.check(dataclasses.replace(cfg, tuned={"lon": {}}))
+    few = study.narrow(dataclasses.replace(cfg, only=("short",)))
+    assert few == dataclasses.replace(cfg, only=("short",), rows={"short": None}, shots={"short": (5,)}, tuned={})
+    assert study.narrow(cfg) == cfg
 
 
 def test_every_row_that_learns_keeps_the_rate_of_its_best_probe(monkeypatch, tmp_path):
