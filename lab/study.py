@@ -212,7 +212,8 @@ def run_row(n, row, seed, cfg, asked):
             if ended.returncode:
                 why = log.read_text().splitlines()[-1]
                 if part != "pretrain" or not asked or "not finite" not in why:
-                    raise SystemExit(f"{why}, says {log} of python -m {' '.join(command)}")
+                    raise SystemExit(f"{why}, says {log} of python -m {' '.join(command)} (status "
+                                     f"{ended.returncode})")
                 value = "diverged"
         minutes = (time.time() - began) / 60
         outcome[part] = dict(value=value or number(folder, part, cfg), minutes=minutes, commands=commands,
