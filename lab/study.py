@@ -76,8 +76,8 @@ def narrow(cfg):
     cfg = dataclasses.replace(cfg, only=data.several(cfg.only))
     for key in ("only", "shots", "tuned"):
         if lost := sorted({*getattr(cfg, key)} - {*cfg.rows}):
-            raise SystemExit(f"{key}: expected some of the rows {', '.join(cfg.rows) or 'none'}; "
-                             f"found {', '.join(lost)}")
+            raise SystemExit(f"{key}: found {str(lost)[1:-1]}, expected some of the rows "
+                             f"{str([*cfg.rows])[1:-1] or 'none'}")
     kept = {key: {row: own for row, own in getattr(cfg, key).items() if row in (cfg.only or cfg.rows)}
             for key in ("rows", "shots", "tuned")}
     return dataclasses.replace(cfg, **kept)
@@ -92,8 +92,8 @@ def check(cfg):
     before = []
     for row, own in cfg.rows.items():
         if base(own) and (base(own) not in before or len(own) > 1):
-            raise SystemExit(f"row {row}: expected 'of' a row before it that learns, and no other key, found "
-                             f"{own}; there are {', '.join(before) or 'none'}")
+            raise SystemExit(f"row {row}: expected 'of' a row before it that learns (named in `only`, too), "
+                             f"and no other key, found {own}; there are {', '.join(before) or 'none'}")
         before += [row] * learns(own)
     if cfg.rates and not cfg.rate_keys:
         raise SystemExit(f"rates = {cfg.rates} are judged on the scans that rate_keys name; it is empty, and "

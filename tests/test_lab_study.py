@@ -25,12 +25,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("argv, text", [
     (["--rows={'a': {}}"],
      "the study needs `seeds` and `rows`; found seeds (), rows a"),
-    (["--seeds=0,", "--rows={'a': {}}", "--shots={'b': (1,)}"], "shots: expected some of the rows a; found b"),
-    (["--seeds=0,", "--rows={'a': {}}", "--tuned={'b': {}}"], "tuned: expected some of the rows a; found b"),
+    (["--seeds=0,", "--rows={'a': {}}", "--shots={'b': (1,)}"], "shots: found 'b', expected some of the rows 'a'"),
+    (["--seeds=0,", "--rows={'a': {}}", "--tuned={'b': {}}"], "tuned: found 'b', expected some of the rows 'a'"),
     (["--seeds=0,", "--rows={'a': {}, 'b': {}}", "--only=('b', 'c')"],
-     "only: expected some of the rows a, b; found c"),
+     "only: found 'c', expected some of the rows 'a', 'b'"),
     (["--seeds=0,", "--rows={'a': {}, 'b': {'of': 'a'}}", "--only=('b',)"],
-     "row b: expected 'of' a row before it that learns, and no other key, found {'of': 'a'}; there are none"),
+     "row b: expected 'of' a row before it that learns (named in `only`, too), and no other key, found {'of': 'a'}; there are none"),
     (["--seeds=0,", "--rows={'a': {}}", "--rates=0.1,"], "scans that the table reports must not choose"),
 ])
 def test_a_study_without_rows_or_seeds_is_refused(argv, text):
