@@ -117,6 +117,8 @@ def find_cases(cfg, section=None, base=None):
             raise SystemExit(f"exclude names {pattern!r}, no case has that id; "
                              f"there are: {', '.join(list(seen)[:5])} ..")
     kept = [case for case in cases if not any(fnmatch.fnmatch(case["id"], p) for p in several(cfg.exclude))]
+    if not kept:
+        raise SystemExit(f"exclude = {cfg.exclude!r} leaves none of the {len(cases)} cases")
     lost = [(case, file) for case in kept for file in case.pop("lost", ())]
     if lost:
         lines = [f"{file}: no such file, expected beside {case['images'][0]}" for case, file in lost]
@@ -251,17 +253,19 @@ def ruled(case, cfg):
     """The config with what cfg.rules say of this case; without any rules the config itself."""
     if not cfg.rules:
         return cfg
-    own = [keys for pattern, keys in cfg.rules.items() if fnmatch.fnmatch(case["id"], pattern)]
     known = ("intensity", "window", "zscore_over", "foreground", "crop_foreground", "spacing")
-    if not all(isinstance(keys, dict) for keys in cfg.rules.values()):
+    fields = {field.name: field for field in dataclasses.fields(cfg)}
+    if not all(isinstance(keys, dict) and isinstance(p, str) for p, keys in cfg.rules.items()):
         raise SystemExit(f"rules = {cfg.rules}: expected {{pattern of ids: {{key: value}}}}")
+    own = [keys for pattern, keys in cfg.rules.items() if fnmatch.fnmatch(case["id"], pattern)]
     strange = [key for keys in cfg.rules.values() for key in keys if key not in known]
     if len(own) != 1 or strange:
         found = f"{len(own)} patterns that fit the id {case['id']!r}"
         found = f"the key {strange[0]!r}" if strange else found
         raise SystemExit(f"rules: found {found}; expected one pattern for every id, with keys among "
                          f"{', '.join(known)}")
-    return dataclasses.replace(cfg, **own[0])
+    said = {key: configs.checked(fields, key, value, "rules") for key, value in own[0].items()}
+    return dataclasses.replace(cfg, **said)
 
 
 def preprocess(case, cfg):
@@ -298,7 +302,8 @@ def preprocess(case, cfg):
         step = np.array(parts[0].shape) / cfg.resize              # old voxels per new, over the same space
         affine = affine @ nib.affines.from_matvec(np.diag(step), (step - 1) / 2)
         parts = [volumes.stretch(v, cfg.resize, order) for v, order in zip(parts, orders)]
-    scaled = [scale_intensity(v, v > cfg.foreground, cfg, path) for v, path in zip(parts, paths)]
+    scaled = [volumes.scale_intensity(v, v > cfg.foreground, cfg, path) for v, path in zip(parts, paths)]
+    record["window_used"] = [volumes.window_used(v, cfg) for v in parts[:channels]]
     arrays = {"image": np.stack(scaled[:channels]), "body": body_map(parts[:channels], cfg.foreground)}
     if case["targets"]:
         arrays["target"] = np.stack(scaled[channels:])
@@ -317,7 +322,8 @@ def _read_case(case, cfg):
     axes, low, high = "".join(nib.aff2axcodes(affine)), float(stored.min()), float(stored.max())
     volume, affine = volumes.to_ras(stored, affine)
     record = dict(files=case["images"], stored=axes, stored_shape=list(stored.shape),
-                  stored_spacing=spacing_of(affine).tolist(), range=[low, high])
+                  stored_spacing=spacing_of(affine).tolist(), range=[low, high],
+                  few_values=volumes.few_values(stored), turned_by_guess=volumes.turned_by_guess(first))
     grid = first, volume.shape, affine
     parts = [volume] + [volumes.on_grid_of(*grid, path, *read_stored(path)) for path in others]
     if case["label"]:
@@ -353,44 +359,10 @@ def body_map(parts, foreground):
     return rearrange(np.stack(filled), "k i j -> i j k")
 
 
-def scale_intensity(volume, inside, cfg, path):
-    """float16 copy: "window" clips to cfg.window and maps it to [0, 1], "scale" does not clip; "zscore" has
-    mean 0 and std 1 over the voxels `inside`, or all, or those `inside` without their extremes."""
-    if cfg.intensity in ("window", "scale"):
-        low, high = cfg.window
-        if not low < high:
-            raise SystemExit(f"window = {cfg.window}, expected (low, high)")
-        if cfg.intensity == "window":
-            volume = np.clip(volume, low, high)
-        scaled = (volume - low) / (high - low)
-    elif cfg.intensity == "zscore":
-        if cfg.zscore_over not in ("foreground", "volume", "robust"):
-            raise SystemExit(f"zscore_over = {cfg.zscore_over!r}, "
-                             "expected 'foreground', 'volume' or 'robust'")
-        sample = volume if cfg.zscore_over == "volume" else volume[inside]
-        if not sample.size:
-            raise VolumeError(f"{path}: no voxel is above the foreground threshold {cfg.foreground:g}, "
-                              f"the largest is {volume.max():g}")
-        if cfg.zscore_over == "robust":                             # no single voxel decides
-            least, most = np.percentile(sample, [0.5, 99.5])
-            sample = sample[(sample >= least) & (sample <= most)]
-        mu, sigma = sample.mean(dtype=np.float64), sample.std(dtype=np.float64)
-        if not sigma > 0:
-            raise VolumeError(f"{path}: the foreground is constant ({mu:g}), a z-score would divide by zero")
-        scaled = (volume - np.float32(mu)) / np.float32(sigma)
-    else:
-        raise SystemExit(f"intensity = {cfg.intensity!r}, expected 'window', 'scale' or 'zscore'")
-    scaled = scaled.astype(np.float16)
-    if not np.isfinite(scaled).all():
-        raise VolumeError(f"{path}: scaled voxels beyond 65504 do not fit 2 bytes, "
-                          "look at `intensity` and `window`")
-    return scaled
-
-
 # ----------------------------------------- cache: one memory-mapped .npy per array, an index.json beside them
 
 FIRST_PER_CLASS = 4096              # foreground positions kept per class and scan, spread evenly over it
-CACHE_VERSION = 3                   # raise it when a scan gets other files or another record
+CACHE_VERSION = 4                   # raise it when a scan gets other files or another record
 
 
 def cache_folder(cfg):
@@ -618,6 +590,8 @@ def open_scans(cfg, cases=None, say=print):
     if reasons:
         raise SystemExit("\n".join(reasons)
                          + f"\n{len(reasons)} unusable; mend them or name their ids under `exclude`")
+    for line in doubts(good, cfg):
+        say(line)
     return [Scan(cache_folder(cfg), name, case, record) for case, name, record in good]
 
 
@@ -818,6 +792,11 @@ def collate(samples):
     return batch | {"id": [s["id"] for s in samples]}
 
 
+def subject_number(subject):
+    """A number of a subject's own, below 2^56: it stays when a run gets other scans."""
+    return int.from_bytes(hashlib.sha256(subject.encode()).digest()[:7], "big")
+
+
 class Slabs(torch.utils.data.Dataset):
     """Pre-training samples; item (step, place) depends on seed, step and place in the global batch alone."""
 
@@ -825,12 +804,11 @@ class Slabs(torch.utils.data.Dataset):
         if any(s % c for s, c in zip(cfg.slab, cfg.crop)):
             raise SystemExit(f"slab = {cfg.slab} is not tiled by crops of {cfg.crop}")
         self.scans, self.cfg, self.batch, self.seed = scans, cfg, batch, seed
-        self.number = {subject: k for k, subject in enumerate(sorted({scan.subject for scan in scans}))}
 
     def subjects(self, step):
-        """(batch,) int64: a number for the subject of each sample of a step, of all ranks."""
+        """(batch,) int64: subject_number of each sample of a step, of all ranks."""
         scans = [nth_scan(self.scans, self.seed, step * self.batch + place) for place in range(self.batch)]
-        return torch.tensor([self.number[scan.subject] for scan in scans])
+        return torch.tensor([subject_number(scan.subject) for scan in scans])
 
     def __getitem__(self, step_place):
         step, place = step_place
@@ -981,7 +959,7 @@ def moved_crops(batch, cfg):
 # ---------------------------------------------------------------------------------------------------- program
 
 def summary(good, cfg):
-    """Text table of what the usable scans are like; ranges are compared within each of cfg.rules."""
+    """Text table of what the usable scans are like, and what is doubtful of them."""
     records = [record for _, _, record in good]
     rows = [("", "least", "median", "largest")]
     for name, form, values in (("shape, as stored", "{:.0f}", [r["stored_shape"] for r in records]),
@@ -1001,16 +979,36 @@ def summary(good, cfg):
     if cut := {case["id"]: r["label_cut"] for case, _, r in good if r.get("label_cut")}:
         lines.append(f"labelled voxels cut away with the background (below `foreground`), {len(cut)} scans: "
                      + ", ".join(f"{name} {n}" for name, n in [*cut.items()][:8]))
-    reach = {case["id"]: r["range"][1] - r["range"][0] for case, _, r in good}
-    far = []
+    return "\n".join([*lines, *doubts(good, cfg)])
+
+
+def doubts(good, cfg):
+    """Lines on scans that may not be what the config takes them for; ranges are compared within each of
+    cfg.rules."""
+    reach, far = {case["id"]: r["range"][1] - r["range"][0] for case, _, r in good}, []
     for pattern in cfg.rules or ("*",):
         alike = fnmatch.filter(reach, pattern)
         usual = np.median([reach[name] for name in alike]) if alike else 0.0
         far += [name for name in alike if not 0.1 < reach[name] / usual < 10]
-    if far:
-        lines.append(f"ranges more than ten times wider or narrower than the others', {len(far)} scans: "
-                     f"{', '.join(far[:8])}; look at them, or give zscore_over = 'robust'")
-    return "\n".join(lines)
+    hint = ", or give zscore_over = 'robust'" * (cfg.intensity == "zscore")
+
+    def below_all(own, least):
+        return own.intensity == "zscore" and own.zscore_over != "volume" and own.foreground < 0 <= least
+
+    lines = []
+    for names, said in (
+            (far, f"ranges more than ten times wider or narrower than the others': look at them{hint}"),
+            ([case["id"] for case, _, r in good if r["few_values"]],
+             "few values, all whole, as of label maps: `exclude` them if they are no scans"),
+            ([case["id"] for case, _, r in good if not all(0.55 < v < 50 for v in r["window_used"])],
+             f"`window` = {cfg.window} hardly fits the values: are `intensity` and `window` those of CT?"),
+            ([case["id"] for case, _, r in good if below_all(ruled(case, cfg), r["range"][0])],
+             "all voxels are above `foreground` and count in the z-score, air too: MRI and PET have 0"),
+            ([case["id"] for case, _, r in good if r["turned_by_guess"]],
+             "orientation unknown (sform_code and qform_code are 0): taken for LAS")):
+        if names:
+            lines.append(f"{said}; {len(names)} scans: {', '.join(names[:8])}{' ..' * (len(names) > 8)}")
+    return lines
 
 
 def filling(good, files):

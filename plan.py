@@ -5,7 +5,9 @@ and what it is unsure of; then measures a step of it on this machine (--time=Fal
 that it writes is final: it is a file of plain assignments.
 """
 import dataclasses
+import glob
 import json
+import os
 import re
 import subprocess
 import sys
@@ -23,10 +25,11 @@ from run import program
 
 @dataclasses.dataclass
 class Config:
-    plan: str | tuple = ()          # glob patterns below the data root, or a folder of scans
+    plan: str | tuple = ()          # glob patterns below the data root, or a folder of scans; / ends DICOM's
+    exclude: str | tuple = ()       # ids, or patterns of them, that are no scans, e.g. "*mask*"
     data: str = "data"              # root of the patterns; or S2DC_DATA, or where the pattern fits from here
     out: str = ""                   # the config, default configs/<folder of the first pattern>.py
-    look: int = 8                   # scans whose voxels are read, evenly spread
+    look: int = 8                   # scans whose voxels are read, drawn at random
     time: bool = True               # measure memory and seconds of a step
 
 
@@ -36,39 +39,56 @@ def main(argv):
     out = Path(cfg.out or f"configs/{plain_name(patterns[0])}.py")
     if out.exists():
         raise SystemExit(f"{out}: there is such a config already; give --out=another.py")
-    cases = data.find_cases(data.Config(data=str(root), scans=patterns))
-    headers, reasons = looked_at(cases)
-    if not headers:
+    cases = data.find_cases(data.Config(data=str(root), scans=patterns, exclude=cfg.exclude))
+    headers, broken = looked_at(cases)
+    samples = drawn(headers, cfg.look, broken)
+    if not samples:
         raise SystemExit(f"none of the {len(cases)} scans can be read")
-    some = headers[::max(1, len(headers) // cfg.look)][:cfg.look]
-    try:
-        samples = [described(path) for path, _, _ in some]
-    except data.VolumeError as error:                               # its header was fine
-        raise SystemExit(f"{error}; move it away, or name the others by the pattern") from None
-    text = written(out.stem, root, patterns, headers, samples)
-    if reasons:
-        text += f"exclude = {tuple(name for name, _ in reasons)}    # cannot be read\n"
+    refuse_mixtures(samples)
+    text = written(out, root, patterns, [*headers.values()], samples)
+    if left_out := (*data.several(cfg.exclude), *broken):
+        text += f"exclude = {left_out}" + f"    # the last {len(broken)} cannot be read" * bool(broken) + "\n"
+    out.parent.mkdir(parents=True, exist_ok=True)
     with configs.replacing(out) as aside:
         aside.write_text(text)
     print(text)
-    print(f"written: {out}; next: python data.py {out}")
+    elsewhere = Path(os.environ.get("S2DC_DATA") or root).resolve() != root.resolve()
+    print(f"written: {out}; next: python data.py {out}"
+          + f" --data={root}, for S2DC_DATA goes before the config's `data`" * elsewhere)
     if cfg.time:
-        print(timed(out, root, [path for path, _, _ in some[:2]]))
+        print(timed(out, root, [s["path"] for s in samples[:2]]))
 
 
 def rooted(cfg):
-    """Patterns below a root, and that root: cfg.data, or the folder in which a pattern fits as it stands."""
+    """Patterns below a root, and that root: cfg.data, or the folder in which they fit as they stand."""
     root, patterns = Path(cfg.data), []
     for pattern in data.several(cfg.plan):
-        folder = (root / pattern).is_dir() or Path(pattern).is_dir()
-        patterns.append(f"{pattern.rstrip('/')}/*.nii*" if folder else pattern)
-    if not any(root.glob(patterns[0].lstrip("/"))) or patterns[0].startswith("/"):
-        fixed = Path(re.split(r"[{*?\[]", patterns[0])[0])
-        root = fixed if patterns[0].startswith(f"{fixed}/") else fixed.parent
-        if not root.is_dir():
-            raise SystemExit(f"plan = {patterns[0]!r}: found neither below {cfg.data} nor from here")
-        root, patterns = root.parent, [str(Path(p).relative_to(root.parent)) for p in patterns]
+        folder = next((p for p in (root / pattern, Path(pattern)) if p.is_dir()), None)
+        patterns += endings(pattern.rstrip("/"), folder) if folder else [pattern]
+    if not patterns:
+        raise SystemExit("plan = (): expected a folder of scans, or a pattern as in 'my_ct/*.nii.gz'")
+    if not all(p[0] != "/" and any(root.glob(re.sub(r"\{\w+\}", "*", p.rstrip("/")))) for p in patterns):
+        heads = []
+        for pattern in patterns:
+            fixed = Path(re.split(r"[{*?\[]", pattern)[0])
+            heads.append(fixed if pattern.startswith(f"{fixed}/") and str(fixed) != pattern.rstrip("/")
+                         else fixed.parent)
+            if not heads[-1].is_dir():
+                raise SystemExit(f"plan = {pattern!r}: found neither below {cfg.data} nor from here")
+        if len({head.is_absolute() for head in heads}) > 1:
+            heads = [Path(os.path.abspath(head)) for head in heads]
+        root = Path(os.path.commonpath([head.parent for head in heads]))
+        patterns = [os.path.relpath(p, root) + "/" * p.endswith("/") for p in patterns]
     return tuple(patterns), root
+
+
+def endings(pattern, folder):
+    """Patterns of what lies in a folder: volumes by their ending, else DICOM folders, else itself as one."""
+    files = [path for path in folder.iterdir() if path.name[0] != "."]
+    within = [f"*{end}" for end in (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
+              if any(path.name.endswith(end) for path in files)]
+    within = within or ["*/"] * any(path.is_dir() for path in files) or [""]
+    return [f"{glob.escape(pattern)}/{end}" for end in within]
 
 
 def plain_name(pattern):
@@ -79,31 +99,62 @@ def plain_name(pattern):
 
 
 def looked_at(cases):
-    """[(path, shape, spacing)] of the cases, RAS+, from their headers, [(id, reason)] of what is no scan."""
-    headers, reasons = [], []
+    """{id: (path, shape, spacing)} of the cases, RAS+, from their headers, [ids] of what is no scan."""
+    headers, broken = {}, []
     for case in cases:
         try:
-            headers.append((case["images"][0], *volumes.read_header(case["images"][0])))
+            headers[case["id"]] = case["images"][0], *volumes.read_header(case["images"][0])
         except data.VolumeError as error:
             print(f"unusable  {error}")
-            reasons.append((case["id"], str(error)))
-    return headers, reasons
+            broken.append(case["id"])
+    return headers, broken
+
+
+def drawn(headers, look, broken):
+    """What is `described` of `look` scans, drawn at random for kinds may alternate by name; whose voxels are
+    broken goes from `headers` to `broken`, and another is drawn."""
+    samples, names = [], list(headers)
+    for k in np.random.default_rng(0).permutation(len(names)):
+        if len(samples) < look:
+            try:
+                samples.append(described(headers[names[k]][0]))
+            except data.VolumeError as error:                       # its header was fine
+                print(f"unusable  {error}")
+                broken.append(names[k])
+                del headers[names[k]]
+    return sorted(samples, key=lambda s: s["path"])
 
 
 def described(path):
-    """What the voxels of one scan say: least, largest, tail (99.9th over 90th percentile of its tissue), and
-    box, the share along x y z that its tissue takes."""
+    """What the voxels of one scan say: few_values of a label map, least, largest, tail (99.9th over 90th
+    percentile of its tissue), and box, the share along x y z that its tissue takes."""
     voxels, _, _ = data.read_volume(path)
     few = voxels[::2, ::2, ::2]
     low, high = np.percentile(few, [2, 98])
     threshold = low + 0.1 * (high - low)
-    tissue = few[few > threshold]
+    tissue = few[few > threshold] if few.max() > threshold else voxels
     most, nearly = np.percentile(tissue, [99.9, 90])
     body = voxels > (max(threshold, -500) if low < -500 else threshold)
     along = [np.flatnonzero(body.any(axes)) for axes in ((1, 2), (0, 2), (0, 1))]
-    box = [(np.ptp(places) + 1) / n for places, n in zip(along, voxels.shape)]
+    box = [(np.ptp(places) + 1) / n if len(places) else 1.0 for places, n in zip(along, voxels.shape)]
     tail = float(most / max(nearly, 1e-6))
-    return dict(least=float(few.min()), largest=float(few.max()), tail=tail, box=box)
+    return dict(path=str(path), few_values=volumes.few_values(voxels), least=float(few.min()),
+                largest=float(few.max()), tail=tail, box=box)
+
+
+def refuse_mixtures(samples):
+    """Exit where label maps are among the scans, or CT among others: no one rule fits their values."""
+    for s in samples:
+        if s["few_values"]:
+            raise SystemExit(f"{s['path']}: holds {s['few_values']} values, all whole: a label map? Give a "
+                             "pattern that fits scans alone, or --exclude of such ids, as --exclude='*mask*'")
+    ct = [s for s in samples if modality_of([s])[0] == "CT"]
+    others = [s for s in samples if modality_of([s])[0] != "CT"]
+    if others and any(s["least"] <= -500 for s in ct):
+        a, b = ct[0], others[0]
+        raise SystemExit(f"{a['path']}: values from {a['least']:.4g}, as of CT, but {b['path']}: from "
+                         f"{b['least']:.4g}, as of no CT ({len(ct)} and {len(others)} of {len(samples)} "
+                         "scans); plan them apart and join them by `rules` (configs/sarcoma_pretrain_all.py)")
 
 
 def modality_of(samples):
@@ -112,7 +163,7 @@ def modality_of(samples):
     least, largest, tail = (float(np.median([s[key] for s in samples])) for key in keys)
     values = f"values from {least:.4g} to {largest:.4g}"
     if least <= -500:
-        return "CT", f"{values}: Hounsfield units", ""
+        return "CT", f"{values}: Hounsfield units", "PET in Bq/ml with noise below 0?" * (largest > 32767)
     # noise and interpolation push MRI and PET a little below 0, z-scores lie within some tens
     if least < -20 and least < -0.02 * largest and largest > 100:
         return "CT", values, "CT cut off below? Of MRI or PET, intensity and foreground would be wrong"
@@ -121,11 +172,14 @@ def modality_of(samples):
         unsure.append("values below 0 that are no CT's; scaled already? Then `foreground` cuts tissue away")
     if least >= 0 and 2000 <= largest <= 4096:
         unsure.append("CT that is stored without its offset has such values, too")
+    kinds = [modality_of([s])[0] for s in samples] if len(samples) > 1 else []
+    if len(set(kinds)) > 1:
+        unsure.append("scan by scan " + ", ".join(f"{kinds.count(k)} {k}" for k in sorted(set(kinds))))
     unsure = "; ".join(unsure)
     said = f"{values}, the 99.9th percentile of tissue {tail:.1f} times its 90th"
     if tail > 2.2:
         return "PET", f"{said}: hot spots", unsure
-    return "MRI", f"{said}: no hot spots", unsure
+    return "MRI", f"{said}: no hot spots (nor has PET of the brain)", unsure
 
 
 def sizes(boxes):
@@ -169,8 +223,9 @@ lr = 1e-3
 save_every = 100"""
 
 
-def written(name, root, patterns, headers, samples):
+def written(out, root, patterns, headers, samples):
     """The text of the config."""
+    name = out.stem
     shapes, spacings = (np.array([header[k] for header in headers]) for k in (1, 2))
     body = shapes * spacings * np.mean([s["box"] for s in samples], axis=0)     # mm
     modality, why, unsure = modality_of(samples)
@@ -187,8 +242,8 @@ def written(name, root, patterns, headers, samples):
     slab, crop, share = sizes(boxes)
     size = " x ".join(f"{v:.0f}" for v in np.median(boxes, axis=0))
     lines = [f'"""{len(headers)} scans, planned from their headers and the voxels of {len(samples)}.', "",
-             f"    python data.py configs/{name}.py       checks all, fills the cache",
-             f"    python pretrain.py configs/{name}.py", '"""', f"# {modality}: {why}",
+             f"    python data.py {out}       checks all, fills the cache",
+             f"    python pretrain.py {out}", '"""', f"# {modality}: {why}",
              *([f"# UNSURE: {unsure}"] if unsure else []), f"name = {name!r}", f"dataset = {name!r}",
              f"data = {str(root)!r}", f"scans = {patterns!r}",
              *intensity_of(modality, float(np.median([s["largest"] for s in samples]))),
@@ -207,7 +262,7 @@ def written(name, root, patterns, headers, samples):
 def timed(config, root, files):
     """A line on memory and seconds of a step, of two scans in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        scans = tuple(str(Path(file).relative_to(root)) for file in files)
+        scans = tuple(glob.escape(os.path.relpath(file, root)) + "/" * Path(file).is_dir() for file in files)
         command = [sys.executable, str(Path(__file__).with_name("pretrain.py")), str(config),
                    f"--scans={scans!r}", f"--data={root}", "--exclude=()", "--fill_share=0",
                    f"--runs={folder}", f"--cache={folder}/cache", "--name=plan", "--steps=3", "--warmup=1",

@@ -139,7 +139,7 @@ class Network(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.crop, self.level = cfg.crop, int(math.log2(cfg.token_patch)) - 1
+        self.crop, self.level, self.compiled = cfg.crop, int(math.log2(cfg.token_patch)) - 1, cfg.compile
         keys = "feature_size", "depths", "num_heads", "window_size", "v2", "merge", "checkpointing"
         swin, width = {key: getattr(cfg, key) for key in keys}, cfg.feature_size * 2 ** self.level
         self.swin_unetr = SwinUNETR(cfg.in_channels, 1, **swin) if cfg.decoder else None
@@ -165,7 +165,8 @@ class Network(nn.Module):
         (x, y, z), b = self.crop, len(slab)
         ni, nj, nk = (s // c for s, c in zip(slab.shape[2:], self.crop))
         crops = rearrange(slab, "b c (ni x) (nj y) (nk z) -> (b ni nj nk) c x y z", x=x, y=y, z=z)
-        kept = rearrange(keep, "b n -> (b n)").nonzero().squeeze(1)
+        # a compiled encoder is given all, for it wants batches of one size; what is made of the others goes
+        kept = rearrange(keep | self.compiled, "b n -> (b n)").nonzero().squeeze(1)
         maps = self.encoder(torch.cat([crops[kept], crops[:0] if twin is None else twin]))
         of_slabs = [x[:len(kept)] for x in maps]
         found, tokens = [(self.token_head, of_slabs[self.level])], []
@@ -181,7 +182,7 @@ class Network(nn.Module):
         parts = []
         for x in (self.global_head(self.standard(pooled)), pooled.detach()):
             part = rearrange(x.new_zeros(len(crops), x.shape[1]).index_copy(0, kept, x[:len(kept)]),
-                             "(b n) e -> b n e", b=b)
+                             "(b n) e -> b n e", b=b).masked_fill(~rearrange(keep, "b n -> b n 1"), 0)
             parts.append(torch.cat([part, rearrange(x[len(kept):], "(b n) e -> b n e", b=b)], dim=1))
         return torch.cat(tokens), *parts
 
@@ -266,11 +267,11 @@ def of_maps(batch, maps):
 
 
 def crops_seen(valid, cfg):
-    """(b, n) bool: the crops of a slab with a token that takes part, of valid (b, t); all under compile."""
+    """(b, n) bool: the crops of a slab with a token that takes part, of valid (b, t)."""
     ni, nj, nk = (s // c for s, c in zip(cfg.slab, cfg.crop))
     i, j, k = (c // cfg.token_patch for c in cfg.crop)
     each = rearrange(valid, "b (ni i nj j nk k) -> b (ni nj nk) (i j k)", ni=ni, nj=nj, nk=nk, i=i, j=j, k=k)
-    return torch.ones_like(each[:, :, 0]) if cfg.compile else each.any(dim=2)
+    return each.any(dim=2)
 
 
 def check(cfg, ranks):
@@ -329,9 +330,11 @@ def check_fill(scans, cfg):
         crop = tuple(c if m >= 0.75 * c else 64 for c, m in zip(cfg.crop, median))
         fits = tuple(max(1, round(m / c)) * c for c, m in zip(crop, median))
         sizes = " x ".join(f"{m:.0f}" for m in median)
+        advice = f"slab = {fits} and crop = {crop}, or a smaller `spacing`"
+        if math.prod(fits) >= math.prod(cfg.slab):
+            advice = "a smaller `spacing`, or a smaller `fill_share` if so much padding is meant"
         raise SystemExit(f"slab = {cfg.slab}: the scans, of median {sizes} voxels, fill {share:.0%} of it, "
-                         f"the rest is padding; fill_share asks for {cfg.fill_share:.0%}. Set slab = {fits} "
-                         f"and crop = {crop}, or a smaller `spacing`")
+                         f"the rest is padding; fill_share asks for {cfg.fill_share:.0%}. Set {advice}")
 
 
 def open_scans(cfg, ranks, local, folder, first, say):
@@ -340,19 +343,25 @@ def open_scans(cfg, ranks, local, folder, first, say):
         data.open_scans(cfg, say=say)
     device = run.join(ranks, local, folder, first)
     scans = data.open_scans(cfg, say=say)
-    channels = scans[0].record["channels"]
-    if channels != cfg.in_channels:
-        raise SystemExit(f"the scans have {channels} channels, in_channels = {cfg.in_channels}")
+    others = [scan for scan in scans if scan.record["channels"] != cfg.in_channels]
+    if others:
+        raise SystemExit(f"{others[0].id}: has {others[0].record['channels']} channels, in_channels = "
+                         f"{cfg.in_channels} ({len(others)} of {len(scans)} scans have others)")
     check_fill(scans, cfg)
+    used = float(np.median([min(scan.record["window_used"]) for scan in scans]))
+    if used < 0.02:
+        raise SystemExit(f"the scans' values take {used:.2%} of window = {cfg.window}, the network would see "
+                         f"one grey; set `intensity` (now {cfg.intensity!r}) and `window` for these scans")
     return scans, device
 
 
 def check_subjects(scans, cfg):
     """Refuse an L_g whose crops have no other to be told from: its loss would be 0, its top-1 1."""
-    alone = len({scan.subject for scan in scans}) == 1 and cfg.slab == cfg.crop
-    if alone and cfg.weights[0] and cfg.negatives == "step":
-        raise SystemExit(f"negatives = 'step': all {len(scans)} scans are of one subject and a slab is one "
-                         "crop, which has no other to be told from; give a slab of several crops, or 'queue'")
+    alone = len({scan.subject for scan in scans}) == 1
+    if alone and cfg.weights[0] and (cfg.negatives == "queue" or cfg.slab == cfg.crop):
+        raise SystemExit(f"all {len(scans)} scans are of one subject: with negatives = {cfg.negatives!r} and "
+                         f"slab = {cfg.slab} a crop has no other to be told from; give negatives = 'step' "
+                         "and a slab of several crops, or weights that leave L_g out")
 
 
 def adamw(network, cfg):

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,7 @@ def check_training(cfg, ranks):
         (cfg.lr > 0 and cfg.clip > 0, f"lr = {cfg.lr} and clip = {cfg.clip}, expected both above 0"),
         (min(cfg.warmup, cfg.min_lr, cfg.decay, cfg.seed) >= 0,
          "warmup, min_lr, decay and seed must not be below 0"),
+        (cfg.seed < 2 ** 63, f"seed = {cfg.seed}, expected below 2^63"),
         (not cfg.init or Path(cfg.init).is_file() or Path(cfg.runs, cfg.name, "last.pt").exists(),
          f"init = {cfg.init!r}, no such file"),
         (0 < cfg.scale[0] <= cfg.scale[1], f"scale = {cfg.scale}, expected (least, largest), both above 0"),
@@ -135,7 +137,8 @@ def join(ranks, local, folder, first):
     if cuda:
         torch.cuda.set_device(device)
     if ranks > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
+        # days: the first of a machine may fill the cache meanwhile; torchrun ends all when one of them ends
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=7))
         seen = [None] * ranks
         dist.all_gather_object(seen, first)                         # waits for all, too
         if len(set(seen)) > 1:
@@ -205,6 +208,8 @@ def resume(folder, cfg, free, say):
         state = read_file(path)
     except WeightsError as error:
         raise SystemExit(str(error)) from None
+    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
+        raise SystemExit(f"{path}: holds no run of this program; give --name=another")
     now, then = dataclasses.asdict(cfg), dataclasses.asdict(type(cfg)()) | state["config"]
     changed = [key for key in now if key not in free and then[key] != now[key]]
     may = [key for key in changed if (key == "steps" and now[key] > then[key]) or
@@ -231,21 +236,25 @@ def of_this_version(state):
                          "best.pt") from None
 
 
+HELD = weakref.WeakValueDictionary()    # {folder: the open lock} of this process
+
+
 def lock(folder):
     """An open file that keeps `folder` for this process while it is open or the process ends; exits when
     another one has it. Sweeps what killed saves left."""
     folder.mkdir(parents=True, exist_ok=True)
-    held, me = open(folder / "lock", "a+"), str(os.getpid())
+    held, place = open(folder / "lock", "a+"), str(folder.resolve())
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held.truncate(0)
-        held.write(me)
-        held.flush()
     except BlockingIOError:
-        held.seek(0)
-        if held.read() != me:           # what failed before in this process may still be remembered
+        held = HELD.get(place)          # what failed before in this process may still be remembered
+        if held is None or held.closed:
             raise SystemExit(f"{folder}: another process trains under this name; "
                              "give --name=another") from None
+    except OSError as error:
+        raise SystemExit(f"{folder}: cannot be locked ({error.strerror}), its file system must have flock; "
+                         "give --runs elsewhere") from None
+    HELD[place] = held
     for left in folder.glob(".*.tmp"):
         left.unlink(missing_ok=True)
     return held
@@ -321,8 +330,9 @@ def diverged(folder, step, said):
     before it, or to none. The first process alone moves files.
     """
     if processes()[0] > 0:
+        time.sleep(60)                  # torchrun would stop the first in the midst of it
         raise SystemExit(f"step {step}: not finite ({said})")
-    for name in ("encoder.pt", "network.pt", "last.pt"):
+    for name in ("last.pt", "encoder.pt", "network.pt"):
         path = folder / name
         if path.exists() and read_file(path)["step"] == step:
             before = path.with_suffix(".prev.pt")

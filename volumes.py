@@ -1,4 +1,4 @@
-"""One scan on disk as an array: read, checked, its axes in RAS+ order; its label ids; on another grid.
+"""One scan on disk as an array: read, checked, its axes in RAS+ order; scaled; its label ids; another grid.
 
 NIfTI by nibabel; .mha .mhd .nrrd and DICOM by SimpleITK; slices by Pillow. What cannot be used is refused in
 one line that starts with the file's name.
@@ -32,6 +32,23 @@ def read_volume(path, label=False):
     """
     voxels, affine = to_ras(*read_stored(path, label))
     return np.ascontiguousarray(voxels), spacing_of(affine), affine
+
+
+def few_values(voxels, most=32):
+    """How many values a volume has where they are whole and at most `most`, as of a label map, else 0; by a
+    hundred thousand of its voxels and more."""
+    some = voxels.ravel("K")[::max(1, voxels.size // 200_000)]
+    values = np.unique(some)
+    return len(values) if len(values) <= most and (values == np.round(values)).all() else 0
+
+
+def turned_by_guess(path):
+    """Whether a NIfTI says nothing of its axes (sform_code and qform_code 0): x is then taken to run left."""
+    path = Path(path)
+    if not path.name.endswith((".nii", ".nii.gz")):
+        return False
+    header = nib.load(path).header
+    return not (header["sform_code"] or header["qform_code"])
 
 
 def read_header(path):
@@ -169,11 +186,26 @@ def _sitk(path):
 
 
 def files_of(path):
-    """The files that a volume is read from: itself, those of a folder, of .mhd the voxels beside it, too."""
+    """The files that a volume is read from: itself, those of a folder, of .mhd those that it names, too."""
     path = Path(path)
     if path.is_dir():
         return sorted(path.iterdir())
-    return [path, *(sorted(path.parent.glob(f"{path.stem}.*raw")) if path.suffix == ".mhd" else ())]
+    return [path, *(_named_by(path) if path.suffix == ".mhd" and path.is_file() else ())]
+
+
+def _named_by(header):
+    """The files of voxels that an .mhd names: one, numbered ones or a list; none where they follow in it."""
+    with open(header, errors="replace") as file:
+        text = file.read(1 << 20)
+    found = re.search(r"^ElementDataFile *= *(\S.*?) *$", text, re.MULTILINE)
+    names = [found[1]] if found and found[1].lower() != "local" else []
+    if found and found[1].startswith("LIST"):
+        names = text[found.end():].split("\n")
+    elif found and re.fullmatch(r"\S*%\d*d\S*( \d+){2,3}", found[1]):
+        name, *span = found[1].split()
+        first, last, step = *map(int, span[:2]), int(span[2]) if len(span) > 2 else 1
+        names = [name % k for k in range(first, last + 1, max(step, 1))]
+    return [header.parent / name.strip() for name in names if name.strip()]
 
 
 def _check_room(reader, files):
@@ -217,6 +249,10 @@ def _read_itk(path, files=None):
 def _read_folder(path):
     names = [p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")]
     slices = [p for p in names if p.suffix.lower() in (".png", ".jpg", ".jpeg")]
+    dicom = [p for p in names if _looks_dicom(p)]
+    if slices and dicom:
+        raise VolumeError(f"{path}: a folder with {len(slices)} pictures and {len(dicom)} DICOM files, "
+                          "expected either; move the others away")
     if slices:
         return _read_slices(path, slices)
     series, places, reader = (), [], _sitk(path).ImageFileReader()
@@ -236,12 +272,24 @@ def _read_folder(path):
     if len(series) != 1:
         raise VolumeError(f"{path}: a folder with {len(names)} files and {len(series)} DICOM series, "
                           "expected one DICOM series or .png / .jpg slices")
+    used = {Path(file).name for file in files}
+    left = [p for p in names if p.name not in used and (p in dicom or not p.stat().st_size)]
+    if left:                            # at either end of the stack no gap would tell of them
+        raise VolumeError(f"{left[0]}: no readable slice of the series ({left[0].stat().st_size} bytes), as "
+                          f"{len(left)} of {len(names)} files; are they cut off? Mend them or move them away")
     gaps = np.linalg.norm(np.diff(places, axis=0), axis=1)          # SimpleITK would spread them over a gap
     if len(gaps) and (gaps.min() <= 0 or np.abs(gaps - np.median(gaps)).max() > 0.25 * np.median(gaps)):
         raise VolumeError(f"{path}: its {len(files)} slices lie {gaps.min():.4g} to {gaps.max():.4g} mm "
                           "apart, expected one distance (is a slice missing, or there twice?)")
     _check_stack(path, places, reader)
     return _read_itk(path, list(files))
+
+
+def _looks_dicom(file):
+    """Whether a file claims to be DICOM, by its ending or its magic word; an index of many is none."""
+    with open(file, "rb") as stream:
+        magic = stream.read(132)[128:] == b"DICM"
+    return file.name.upper() != "DICOMDIR" and (magic or file.suffix.lower() in (".dcm", ".ima"))
 
 
 def _check_stack(path, places, reader):
@@ -302,6 +350,50 @@ def on_grid_of(first, shape, first_affine, path, voxels, affine):
     if off > 0.2 * spacing_of(affine).min():                        # rounded headers: far below it
         raise VolumeError(f"{path}: lies up to {off:.3g} mm away from {Path(first).name} (different affines)")
     return voxels
+
+
+def scale_intensity(volume, inside, cfg, path):
+    """float16 copy: "window" clips to cfg.window and maps it to [0, 1], "scale" does not clip; "zscore" has
+    mean 0 and std 1 over the voxels `inside`, or all, or those `inside` without their extremes."""
+    if cfg.intensity in ("window", "scale"):
+        low, high = cfg.window
+        if not low < high:
+            raise SystemExit(f"window = {cfg.window}, expected (low, high)")
+        if cfg.intensity == "window":
+            volume = np.clip(volume, low, high)
+        scaled = (volume - low) / (high - low)
+    elif cfg.intensity == "zscore":
+        if cfg.zscore_over not in ("foreground", "volume", "robust"):
+            raise SystemExit(f"zscore_over = {cfg.zscore_over!r}, "
+                             "expected 'foreground', 'volume' or 'robust'")
+        sample = volume if cfg.zscore_over == "volume" else volume[inside]
+        if not sample.size:
+            raise VolumeError(f"{path}: no voxel is above the foreground threshold {cfg.foreground:g}, "
+                              f"the largest is {volume.max():g}")
+        if cfg.zscore_over == "robust":                             # no single voxel decides
+            least, most = np.percentile(sample, [0.5, 99.5])
+            sample = sample[(sample >= least) & (sample <= most)]
+        mu, sigma = sample.mean(dtype=np.float64), sample.std(dtype=np.float64)
+        if not sigma > 0:
+            raise VolumeError(f"{path}: the foreground is constant ({mu:g}), a z-score would divide by zero")
+        scaled = (volume - np.float32(mu)) / np.float32(sigma)
+    else:
+        raise SystemExit(f"intensity = {cfg.intensity!r}, expected 'window', 'scale' or 'zscore'")
+    scaled = scaled.astype(np.float16)
+    if not np.isfinite(scaled).all():
+        raise VolumeError(f"{path}: scaled voxels beyond 65504 do not fit 2 bytes, "
+                          "look at `intensity` and `window`")
+    return scaled
+
+
+def window_used(volume, cfg):
+    """Share of cfg.window that the values of a volume take, from the 0.1th to the 99.9th percentile: above 1
+    where "scale" goes beyond it, 1 of "zscore", which has none; near 0 the network sees one grey."""
+    if cfg.intensity == "zscore":
+        return 1.0
+    values, (low, high) = np.percentile(volume[::2, ::2, ::2], [0.1, 99.9]), cfg.window
+    least, most = np.clip(values, low, high) if cfg.intensity == "window" else values
+    return float((most - least) / (high - low))
 
 
 def label_ids(path, label, cfg):

@@ -156,9 +156,11 @@ def numbers(values):
 
 @functools.cache
 def here():
-    """A name for this machine since it was started: of two with one host name, say on a shared disk, too."""
-    boot = pathlib.Path("/proc/sys/kernel/random/boot_id")
-    return f"{os.uname().nodename}-{boot.read_text()[:8] if boot.exists() else ''}"
+    """A name for where process numbers hold: this machine since it was started, of two with one host name,
+    say on a shared disk, too, and of its containers this one."""
+    boot, numbers = pathlib.Path("/proc/sys/kernel/random/boot_id"), pathlib.Path("/proc/self/ns/pid")
+    numbers = re.sub(r"\D", "", os.readlink(numbers)) if os.path.lexists(numbers) else ""
+    return f"{os.uname().nodename}-{boot.read_text()[:8] if boot.exists() else ''}-{numbers}"
 
 
 def sweep(folder):

@@ -302,6 +302,53 @@ def test_other_formats_are_refused_in_one_line(tmp_path):
     assert "a folder with 0 files" in refusal(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("keep", [700, 0])
+def test_slices_that_were_cut_off_at_the_end_of_a_series_do_not_shorten_it(tmp_path, keep):
+    """In the middle the gap would tell."""
+    sitk, image = itk_volume()
+    folder = write_dicom(tmp_path / "series", sitk, image)
+    (folder / "notes.txt").write_text("no slice")
+    (folder / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
+    assert data.read_volume(folder)[0].size == 6 * 7 * 9
+    last = folder / f"1.2.3.4.5_{8 * 7 % 9}.dcm"
+    cut_file(last, keep)
+    with pytest.raises(data.VolumeError, match=f"^{re.escape(str(last))}: no readable slice of the series .{keep} bytes., as 1 of 11"):
+        data.read_volume(folder)
+
+
+def test_pictures_beside_a_series_are_refused(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    sitk, image = itk_volume()
+    folder = write_dicom(tmp_path / "series", sitk, image)
+    for k in range(2):
+        Image.fromarray(noise(12, 16, kind=np.uint8)).save(folder / f"preview_{k}.png")
+    assert "a folder with 2 pictures and 9 DICOM files, expected either" in refusal(folder)
+
+
+def test_voxels_of_an_mhd_are_where_its_header_says(tmp_path):
+    """One file of any name, numbered slices, a list of them, or behind the header; a changed one is another scan."""
+    sitk, image = itk_volume()
+    sitk.WriteImage(image, str(tmp_path / "a.nii.gz"))
+    sitk.WriteImage(image, str(tmp_path / "one.mhd"))
+    header, raw = (tmp_path / "one.mhd").read_text(), (tmp_path / "one.raw").read_bytes()
+    pages = [raw[k * len(raw) // 9:(k + 1) * len(raw) // 9] for k in range(9)]
+    for k, page in enumerate(pages):
+        (tmp_path / f"slice{k:02}.bin").write_bytes(page)
+    (tmp_path / "other name.img").write_bytes(raw)
+    names = "\n".join(f"slice{k:02}.bin" for k in range(9))
+    for said, files in (("other name.img", ["other name.img"]), (f"LIST\n{names}", names.split()),
+                        ("slice%02d.bin 0 8 1", names.split()), ("LOCAL", [])):
+        path = tmp_path / "scan[1].mhd"
+        path.write_bytes(header.replace("one.raw", said).encode() + raw * (said == "LOCAL"))
+        assert [file.name for file in data.volumes.files_of(path)] == [path.name, *files]
+        assert_same_scan(tmp_path / "a.nii.gz", path)
+    path.write_text(header.replace("one.raw", "other name.img"))
+    case = dict(id="x", images=[str(path)], targets=[], label=None)
+    before = data.cache_name(case, config(tmp_path))
+    os.utime(tmp_path / "other name.img", ns=(1, 1))
+    assert data.cache_name(case, config(tmp_path)) != before
+
+
 def test_a_series_whose_slices_have_slopes_of_their_own_keeps_fractions(tmp_path):
     sitk, image = itk_volume()
     slopes = [1, 0.25, 2, 0.5, 1.75, 1, 1, 3, 0.125]                # the first gives whole numbers
@@ -565,7 +612,7 @@ def test_a_robust_zscore_is_not_moved_by_one_voxel_and_the_summary_names_the_sca
     np.testing.assert_allclose(plain.open()[0, 3, 4, 6], (voxels[3, 4, 6] - inner.mean()) / inner.std(), atol=0.01)
     data.main([str(write_config(tmp_path, dict(data=str(tmp_path), cache=str(tmp_path / "cache"), scans="*.nii.gz")))])
     said = capsys.readouterr().out
-    assert "ranges more than ten times wider or narrower than the others', 1 scans: 4; look at them" in said
+    assert "ranges more than ten times wider or narrower than the others': look at them; 1 scans: 4\n" in said
 
 
 def test_each_modality_of_a_set_follows_its_own_rule(tmp_path):
@@ -1757,3 +1804,60 @@ def test_voxels_of_no_scan_are_one_unusable_file_among_the_others(tmp_path, fact
     good, reasons = data.fill_cache(data.find_cases(cfg), cfg, lambda *_: None)
     assert [case["id"] for case, *_ in good] == ["a"]
     assert reasons[0].startswith(f"{tmp_path}/b.nii.gz: voxels of ") and "expected 0.01 to 100 mm" in reasons[0]
+
+
+def test_what_is_doubtful_of_scans_is_said(tmp_path):
+    """Label maps, one grey, no orientation, air in a z-score; and nothing of scans as they should be."""
+    smooth = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(24, 24, 24)), 2)
+    smooth = (smooth - smooth.min()) / np.ptp(smooth)
+    values = dict(ct=3000 * smooth - 1000, pet=20 * smooth, mask=np.round(3 * smooth), mri=2000 * smooth)
+    for name, voxels in values.items():
+        nifti(tmp_path / f"{name}.nii.gz", voxels.astype(np.float32))
+    lost = nib.Nifti1Image(values["ct"].astype(np.float32), None)
+    nib.save(lost, tmp_path / "lost.nii.gz")
+
+    def said(*names, **keys):
+        lines = []
+        data.open_scans(config(tmp_path, scans=tuple(f"{name}.nii.gz" for name in names), **keys), say=lines.append)
+        return [line for line in lines if "scans: " in line]
+    assert said("ct") == []
+    window = "`window` = (-1000.0, 1000.0) hardly fits the values: are `intensity` and `window` those of CT?"
+    assert said("pet") == [f"{window}; 1 scans: pet"] and said("mri") == [f"{window}; 1 scans: mri"]
+    assert said("pet", intensity="scale", window=(0.0, 5.0)) == said("mri", intensity="zscore", foreground=0.0) == []
+    assert "hardly fits" in said("mri", intensity="scale", window=(0.0, 5.0))[0]        # 400 times as bright
+    assert said("mask", intensity="zscore", zscore_over="volume")[0].startswith("few values, all whole, as of label maps")
+    assert said("mri", intensity="zscore", foreground=-500.0)[0].startswith("all voxels are above `foreground` and count")
+    assert said("ct", intensity="zscore", foreground=-500.0) == []
+    assert said("lost") == ["orientation unknown (sform_code and qform_code are 0): taken for LAS; 1 scans: lost"]
+
+
+@pytest.mark.parametrize("rules, text", [
+    ({"*": {"spacing": 2.0}}, "rules: spacing = 2.0 is float, expected tuple"),
+    ({"*": {"window": (1,)}}, "rules: window = (1,), expected 2 numbers like"),
+    ({"*": {"foreground": "0"}}, "rules: foreground = '0' is str, expected float"),
+    ({"*": {"crop_foreground": "False"}}, "rules: crop_foreground = 'False' is str, expected bool"),
+    ({1: {}}, "rules = {1: {}}: expected {pattern of ids: {key: value}}")])
+def test_rules_are_checked_as_keys_are(tmp_path, rules, text):
+    nifti(tmp_path / "a.nii.gz", noise(12, 12, 12))
+    said = ends(open_scans, config(tmp_path, scans="*.nii.gz", rules=rules))
+    assert said.startswith(text) and "\n" not in said
+
+
+def test_exclude_leaves_somebody(tmp_path):
+    nifti(tmp_path / "a.nii.gz", noise(12, 12, 12))
+    assert ends(open_scans, config(tmp_path, scans="*.nii.gz", exclude="*")) == "exclude = '*' leaves none of the 1 cases"
+
+
+def test_a_subject_keeps_its_number_when_others_come(tmp_path):
+    for name in "bcd":
+        nifti(tmp_path / f"{name}.nii.gz", noise(20, 20, 20, seed=ord(name)))
+    numbers = {}
+    for _ in range(2):
+        cfg = config(tmp_path, scans="*.nii.gz")
+        scans = open_scans(cfg)
+        slabs = data.Slabs(scans, cfg, len(scans), 0)
+        order = [data.nth_scan(scans, 0, k).subject for k in range(len(scans))]
+        for name, number in zip(order, slabs.subjects(0).tolist()):
+            assert numbers.setdefault(name, number) == number
+        nifti(tmp_path / "a.nii.gz", noise(20, 20, 20))
+    assert len(set(numbers.values())) == 4

@@ -177,7 +177,7 @@ def test_what_is_around_holds_the_crop(batch):
     number = {scan.id: scan for scan in samples.scans}
     for n in range(2):
         scan, start, corner = number[found["id"][n]], found["start"][n], found["around_start"][n]
-        assert found["shape"][n].tolist() == list(scan.shape) and samples.number[scan.subject] == found["subjects"][n]
+        assert found["shape"][n].tolist() == list(scan.shape) and data.subject_number(scan.subject) == found["subjects"][n]
         i, j, k = (slice(a, a + 64) for a in (start - corner).tolist())
         assert torch.equal(found["around"][n, :, i, j, k], found["V"][n])
     with pytest.MonkeyPatch.context() as patch:                     # drawn by seed, step and place

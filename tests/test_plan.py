@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import ndimage
+from test_data import write_dicom
 
 import configs
 import data
@@ -58,13 +59,90 @@ def test_a_plan_leaves_out_what_cannot_be_read_and_writes_over_nothing(tmp_path,
         planned(tmp_path / "new", tmp_path / "nowhere/at/all/*.nii.gz")
 
 
-def test_a_scan_whose_voxels_are_damaged_is_one_line(tmp_path):
-    phantom.write(tmp_path / "scans", range(1), size=64)
-    file, = (tmp_path / "scans/imagesTr").glob("*.nii.gz")
+def test_scans_whose_voxels_are_damaged_are_named_and_left_out(tmp_path, capsys):
+    phantom.write(tmp_path / "scans", range(3), size=64)
+    file, *others = sorted((tmp_path / "scans/imagesTr").glob("*.nii.gz"))
     file.write_bytes(file.read_bytes()[:20000])
-    with pytest.raises(SystemExit, match=f"^{file}: the file is damaged .*; move it away, or name the others") as caught:
-        planned(tmp_path, f"{tmp_path}/scans/imagesTr/*.nii.gz")
-    assert "\n" not in str(caught.value) and not (tmp_path / "planned.py").exists()
+    cfg, _ = planned(tmp_path, f"{tmp_path}/scans/imagesTr/*.nii.gz")
+    said = f"unusable  {file}: the file is damaged "
+    assert said in capsys.readouterr().out and [case["images"] for case in data.find_cases(cfg)] == [[str(f)] for f in others]
+    for other in others:
+        other.unlink()
+    with pytest.raises(SystemExit, match="^none of the 1 scans can be read$"):
+        planned(tmp_path / "again", f"{tmp_path}/scans/imagesTr/*.nii.gz")
+    assert said in capsys.readouterr().out and not (tmp_path / "again").exists()
+
+
+def volume(path, low, high, whole=False):
+    import nibabel as nib
+    voxels = ndimage.gaussian_filter(np.random.default_rng(len(str(path))).normal(size=(40, 40, 40)), 3)
+    voxels = low + (high - low) * (voxels - voxels.min()) / np.ptp(voxels)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".mha":
+        sitk = pytest.importorskip("SimpleITK")
+        sitk.WriteImage(sitk.GetImageFromArray(voxels.astype(np.float32)), str(path))
+    else:
+        nib.save(nib.Nifti1Image(np.round(voxels).astype(np.float32) if whole else voxels.astype(np.float32), np.eye(4)), path)
+
+
+def test_label_maps_among_the_scans_are_refused_wherever_they_stand(tmp_path):
+    for k in range(8):                                              # alternating by name, 8 of 16 are read
+        volume(tmp_path / f"set/p{k}_image.nii.gz", 0, 800)
+        volume(tmp_path / f"set/p{k}_mask.nii.gz", 0, 3, whole=True)
+    with pytest.raises(SystemExit, match="_mask.nii.gz: holds 4 values, all whole: a label map?"):
+        planned(tmp_path, tmp_path / "set")
+    cfg, text = planned(tmp_path, tmp_path / "set", exclude="*_mask")
+    assert len(data.find_cases(cfg)) == 8 and "# 8 scans" in text.replace('"""', "# ")
+
+
+def test_ct_among_others_is_refused_and_a_mixture_of_others_is_doubted(tmp_path):
+    for k in range(8):
+        volume(tmp_path / f"set/a{k}.nii.gz", -1000, 1500)
+    for k in range(7):                                              # behind the first eight
+        volume(tmp_path / f"set/b{k}.nii.gz", 0, 800)
+    with pytest.raises(SystemExit, match=r"a.\.nii\.gz: values from -[\d.]+, as of CT, but .*/b.\.nii\.gz: from .* of 8 scans"):
+        planned(tmp_path, tmp_path / "set")
+    kinds = [dict(least=0, largest=900, tail=tail) for tail in (1.2, 1.3, 5.0)]
+    assert "scan by scan 2 MRI, 1 PET" in plan.modality_of(kinds)[2]
+
+
+def test_other_endings_odd_names_dicom_and_several_folders(tmp_path, monkeypatch):
+    volume(tmp_path / "here/mhas/scan[1].mha", -1000, 1500)
+    volume(tmp_path / "here/mhas/b.mha", -1000, 1500)
+    cfg, text = planned(tmp_path / "a", tmp_path / "here/mhas")
+    assert len(data.find_cases(cfg)) == 2 and "# CT: " in text
+    volume(tmp_path / "here/other/c.nii.gz", -1000, 1500)
+    both = f"('{tmp_path}/here/mhas', '{tmp_path}/here/other/*.nii.gz')"
+    cfg, _ = planned(tmp_path / "b", both)
+    assert cfg.data == f"{tmp_path}/here" and len(data.find_cases(cfg)) == 3
+    monkeypatch.chdir(tmp_path)
+    cfg, _ = planned(tmp_path / "c", "here/mhas", time=True)        # as it stands from here, and a step of it
+    assert len(data.find_cases(cfg)) == 2
+    with pytest.raises(SystemExit, match=r"plan = \(\): expected a folder of scans"):
+        plan.main(["--plan=()"])
+
+
+@pytest.mark.parametrize("pattern, found", [("dicoms", 2), ("dicoms/*/", 2), ("dicoms/p1", 1)])
+def test_folders_of_dicom_and_a_step_of_them(tmp_path, pattern, found, capsys):
+    sitk = pytest.importorskip("SimpleITK")
+    smooth = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(9, 40, 40)), (1, 3, 3))
+    image = sitk.GetImageFromArray((2500 * (smooth - smooth.min()) / np.ptp(smooth) - 1000).astype(np.int16))
+    image.SetSpacing((4.0, 4.0, 16.0))
+    (tmp_path / "dicoms").mkdir()
+    for name in ("p1", "p2"):
+        write_dicom(tmp_path / "dicoms" / name, sitk, image)
+    cfg, _ = planned(tmp_path / "a", f"{tmp_path}/{pattern}", time=found == 2)
+    assert len(data.find_cases(cfg)) == found
+    assert found == 1 or "a step takes" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_next_line_says_where_the_data_are_if_the_environment_says_otherwise(tmp_path, monkeypatch, capsys):
+    volume(tmp_path / "set/a.nii.gz", 0, 800)
+    volume(tmp_path / "set/b.nii.gz", 0, 800)
+    monkeypatch.setenv("S2DC_DATA", str(tmp_path / "nowhere"))
+    plan.main([f"--plan={tmp_path}/set", f"--out={tmp_path}/x.py", "--time=False"])
+    assert f"next: python data.py {tmp_path}/x.py --data={tmp_path}," in capsys.readouterr().out
+    assert f"python pretrain.py {tmp_path}/x.py" in (tmp_path / "x.py").read_text()
 
 
 def test_boxes_decide_slab_and_crop():

@@ -632,7 +632,11 @@ def test_crops_without_body_pass_neither_network_and_change_nothing(place):
     assert passed[2:] == [6, 4]
     torch.testing.assert_close(loss, loss_all, rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient, gradient_all, rtol=1e-9, atol=1e-12)
-    assert pretrain.crops_seen(valid, dataclasses.replace(cfg, compile=True)).all()
+    student.compiled = True                                         # all pass, and nothing else changes
+    loss_compiled, gradient_compiled, allowed_compiled = step(keep)
+    assert passed[4:] == [6, 4] and torch.equal(allowed_compiled, allowed_before)
+    torch.testing.assert_close(loss, loss_compiled, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, gradient_compiled, rtol=1e-9, atol=1e-12)
 
 
 def test_no_key_of_ones_own_subject_from_anywhere_in_the_batch():
@@ -680,13 +684,37 @@ def test_a_step_in_bfloat16_is_the_same_to_its_digits(place):
 
 def test_one_subject_alone_has_nobody_to_be_told_from(place):
     text = ends(within, place, argv(place, name="alone", scans="demo_ct/train/imagesTr/*_000.nii.gz"))
-    assert text.startswith("negatives = 'step': all 1 scans are of one subject") and not (place / "runs/alone").exists()
+    assert text.startswith("all 1 scans are of one subject: with negatives = 'step'") and not (place / "runs/alone").exists()
+
+
+@pytest.mark.parametrize("subjects, negatives, slab, refused", [
+    ("a", "step", 64, True), ("a", "both", 64, True), ("a", "queue", 64, True), ("a", "queue", 128, True), ("a", "step", 128, False),
+    ("a", "both", 128, False), ("ab", "step", 64, False), ("ab", "queue", 64, False)])
+def test_what_one_subject_can_be_told_from(subjects, negatives, slab, refused):
+    cfg = pretrain.Config(negatives=negatives, slab=(slab, 64, 64), crop=(64, 64, 64))
+    scans = [type("scan", (), dict(subject=s)) for s in subjects]
+    if refused:
+        assert "no other to be told from" in ends(pretrain.check_subjects, scans, cfg)
+    pretrain.check_subjects(scans, dataclasses.replace(cfg, weights=(0, 1, 1)))
+    assert refused or pretrain.check_subjects(scans, cfg) is None
+
+
+def test_scans_that_are_one_grey_or_of_other_channels_are_refused(place, tmp_path):
+    text = ends(within, place, argv(place, name="grey", window=(-1e5, 1e5), cache=tmp_path / "cache"))
+    assert "of window = (-100000.0, 100000.0), the network would see one grey" in text and "\n" not in text
+    scans = sorted((place / "data/demo_ct/train/imagesTr").glob("*.nii.gz"))[:2]
+    entries = [dict(image=str(scans[0])), dict(image=[str(scans[0])] * 2, id="two")]
+    (place / "data/odd.json").write_text(json.dumps(dict(training=entries)))
+    text = ends(within, place, argv(place, name="odd", scans=(), datalist="odd.json", section="training", fill_share=0))
+    assert text == "two: has 2 channels, in_channels = 1 (1 of 2 scans have others)"
 
 
 def test_a_slab_that_the_scans_hardly_fill_is_refused(place):
     text = ends(within, place, argv(place, name="empty", slab=(384, 384, 96), crop=(96, 96, 96)))
     assert text.startswith("slab = (384, 384, 96): the scans, of median 60 x ") and "fill_share asks for 30%" in text
     assert "Set slab = (64, 64, 64) and crop = (64, 64, 64)" in text and not (place / "runs/empty").exists()
+    text = ends(within, place, argv(place, name="empty", fill_share=0.99))
+    assert text.endswith("fill_share asks for 99%. Set a smaller `spacing`, or a smaller `fill_share` if so much padding is meant")
 
 
 @pytest.mark.parametrize("patch, decoder", [(8, False), (16, False), (8, True), (16, True), (4, True)])

@@ -147,11 +147,38 @@ def test_only_the_first_process_moves_a_ruined_checkpoint(tmp_path, monkeypatch)
     for step in (3, 4):
         run.save(tmp_path / "last.pt", dict(step=step), keep=True)
     monkeypatch.setenv("RANK", "1")
+    waited = []                                                     # torchrun would stop the first when this one ends
+    monkeypatch.setattr(run.time, "sleep", waited.append)
     assert ends(run.diverged, tmp_path, 4, "loss nan") == "step 4: not finite (loss nan)"
-    assert torch.load(tmp_path / "last.pt")["step"] == 4
+    assert torch.load(tmp_path / "last.pt")["step"] == 4 and waited == [60]
     monkeypatch.setenv("RANK", "0")
     assert "last.pt, of step 3; the same command" in ends(run.diverged, tmp_path, 4, "loss nan")
     assert torch.load(tmp_path / "last.pt")["step"] == 3 and torch.load(tmp_path / "last.bad.pt")["step"] == 4
+
+
+def test_a_lock_is_of_the_process_that_holds_it(tmp_path):
+    """Not of one with the same number in another container; what failed in this process may be open still."""
+    held = run.lock(tmp_path)
+    assert run.lock(tmp_path) is held
+    text = f"import run, pathlib; run.lock(pathlib.Path({str(tmp_path)!r}))"
+    (tmp_path / "lock").write_text("7")
+    other = subprocess.run([sys.executable, "-c", text], cwd=HERE, capture_output=True, text=True)
+    assert other.returncode == 1 and "another process trains under this name" in other.stderr
+    held.close()
+    assert subprocess.run([sys.executable, "-c", text], cwd=HERE).returncode == 0
+
+
+def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+    monkeypatch.setattr(run.fcntl, "flock", refuse)
+    assert ends(run.lock, tmp_path).startswith(f"{tmp_path}: cannot be locked (Function not implemented)")
+
+
+def test_a_last_pt_of_another_program_is_one_line(tmp_path):
+    run.save(tmp_path / "last.pt", dict(step=4, weights=torch.zeros(2)))
+    assert ends(run.resume, tmp_path, Early(), (), print) == (f"{tmp_path}/last.pt: holds no run of this program; give "
+                                                              "--name=another")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -56,7 +56,8 @@ class Samples(data.Slabs):
         step, place = step_place
         scan = data.nth_scan(self.scans, self.seed, step * self.batch + place)
         sample = super().__getitem__(step_place)
-        sample |= dict(shape=torch.tensor(scan.shape), subjects=torch.tensor(self.number[scan.subject]))
+        subject = torch.tensor(data.subject_number(scan.subject))
+        sample |= dict(shape=torch.tensor(scan.shape), subjects=subject)
         if self.surroundings:
             generator = np.random.default_rng((self.seed, 4, step, place))
             sample |= self.around(scan, sample["start"].numpy(), generator)
