@@ -366,18 +366,19 @@ def compare(results, cfg):
         mean, low, high = (scale * value for value in found)
         of = f" of {len(a)}" if pairs < len(a) else ""
         said = f"; in {alone.sum()} one rightly finds nothing, which counts 100" if alone.any() else ""
-        lines.append(f"{name} minus {first}: {what} {mean:+.4g}{unit}, 95 % interval {low:+.4g} .. "
-                     f"{high:+.4g} ({pairs}{of} cases, paired{said})")
+        reach = "no interval" if np.isnan(low) else f"95 % interval {low:+.4g} .. {high:+.4g}"
+        lines.append(f"{name} minus {first}: {what} {mean:+.4g}{unit}, {reach} "
+                     f"({pairs}{of} cases, paired{said})")
     return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------------------------- program
 
-def restore(path, cfg, device, subjects=()):
+def restore(path, cfg, device, cases=()):
     """The fine-tuned network of a checkpoint; exits with one line when it is none, or another one.
 
-    Or when some of `subjects` trained it, as under another fold, share or list of the same data; those of
-    them that chose it stand in network.chose.
+    Or when some of the `cases` trained it, as under another fold, share or list of the same data; subjects of
+    those that chose it stand in network.chose.
     """
     try:
         network = tasks.TASKS[cfg.task].network(cfg)
@@ -393,9 +394,13 @@ def restore(path, cfg, device, subjects=()):
             reordered = key == "regions" and theirs == ours and list(theirs) != list(ours)
             if theirs != ours or reordered:                         # the channels follow the order of regions
                 raise SystemExit(f"{path}: trained with {key} = {theirs!r}, the config has {ours!r}")
-        own = set(subjects) if then.get("dataset") == cfg.dataset else set()
-        network.chose = own & set(stored.get("chose", ()))
-        if seen := sorted(own & set(stored.get("subjects", ()))):
+        same, files = then.get("dataset") == cfg.dataset, stored.get("files", {})
+
+        def among(subjects, part):
+            return {case["subject"] for case in cases if (same and case["subject"] in subjects) or any(
+                data.known_as(file, cfg) & set(files.get(part, ())) for file in case["images"])}
+        network.chose = among(stored.get("chose", ()), "val")
+        if (seen := sorted(among(stored.get("subjects", ()), "train"))) and cfg.part != "train":
             raise SystemExit(f"{path}: {len(seen)} {cfg.part} subjects trained it: {', '.join(seen[:4])}; "
                              "give the split of its training (val, test, fold, ..), or --part=train")
     lost = [r for r in report["reasons"].values() if "outputs" in r]
@@ -412,9 +417,11 @@ def restore(path, cfg, device, subjects=()):
 
 
 def choosers(networks, scans):
-    """A remark on how many of the scans chose one of the checkpoints, as under another split."""
+    """A remark on how many of the scans chose one of the checkpoints, by the split of its training."""
     chose = set().union(*(network.chose for network in networks.values()))
     count = sum(scan.subject in chose for scan in scans)
+    if count == len(scans):
+        return " (the cases that chose the checkpoint)"
     return f" ({count} of them chose a checkpoint)" if count else ""
 
 
@@ -434,6 +441,14 @@ def predict_images(network, folder, cfg, device):
     source = dataclasses.replace(cfg, datalist="", label="", target=(), exclude=(), **where)
     cases = [case for case in data.find_cases(source, base=base)    # the config excludes training cases, too
              if not any(fnmatch.fnmatch(case["id"], pattern) for pattern in data.several(cfg.exclude))]
+    left = len(data.find_cases(source, base=base)) - len(cases)
+    if left:
+        print(f"{left} of {left + len(cases)} scans are left out by exclude = {cfg.exclude!r}")
+    if not cases:
+        raise SystemExit(f"images = {cfg.images!r}: no scan is left; give --exclude='()'")
+    if folder.resolve() in {Path(file).resolve().parent for case in cases for file in case["images"]}:
+        raise SystemExit(f"out = {str(folder)!r}: the images lie there, and predictions have their names; "
+                         "give another --out")
     good, reasons = data.fill_cache(cases, source)
     scans = [data.Scan(data.cache_folder(source), name, case, record) for case, name, record in good]
     for k, scan in enumerate(tasks.check_channels(scans, cfg)):
@@ -479,24 +494,24 @@ def main(argv):
         predict_images(restore(files[0], cfg, device), out, cfg, device)
         return
     cases = tasks.split_cases(cfg)[cfg.part]
-    unseen = {case["subject"] for case in cases} if cfg.part != "train" else ()
-    networks = {file: restore(file, cfg, device, unseen) for file in files}
+    networks = {file: restore(file, cfg, device, cases) for file in files}
     scans = tasks.check_channels(data.open_scans(cfg, cases), cfg)
-    results = {}
+    results, of_part = {}, "" if cfg.part == "test" else f"_{cfg.part}"
     for k, (name, network) in enumerate(networks.items()):
-        predictions = out / ("predictions" if len(networks) == 1 else f"predictions_{k}")
+        predictions = out / (f"predictions{of_part}" + f"_{k}" * (len(networks) > 1))
         rows = score(network, scans, predictions, cfg, device)
         results[name] = dict(rows=rows, summary=tasks.summarise(rows, cfg))
     if cfg.task != "classification":
         print("\n".join(case_line(row) for result in results.values() for row in result["rows"]))
-    chose = cfg.part == "val" or (cfg.part == "test" and cfg.test == "val")
-    same = " (the cases that chose the checkpoint)" if chose else choosers(networks, scans)
+    same = choosers(networks, scans)
     print(f"\n{cfg.name}: {len(scans)} {cfg.part} cases{same}\n\n" + result_tables(results, cfg))
     if len(results) > 1:
         print("\n" + compare(results, cfg))
     made = dict(part=cfg.part + same, config=dataclasses.asdict(cfg), **run.versions())
-    run.write_json(out / "results.json", dict(results=results, **made))
-    print(f"\n{out / 'results.json'}")
+    if cfg.remap:
+        print(f"\nthe predictions hold the ids of `labels`, after remap = {cfg.remap}")
+    run.write_json(out / f"results{of_part}.json", dict(results=results, **made))
+    print(f"\n{out / f'results{of_part}.json'}")
 
 
 if __name__ == "__main__":

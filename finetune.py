@@ -205,11 +205,12 @@ def save_state(path, kept, optimizer, best):
 
 def checkpoint(network, cfg, step, score, subjects, origin):
     """Content of best.pt. subjects: who trained, so that evaluate.py scores nobody of them by mistake;
-    origin["chose"]: whose scores made it the best, so that evaluate.py says so where it reports them."""
+    origin["chose"]: whose scores made it the best, so that evaluate.py says so where it reports them;
+    origin["files"]: data.known_as of both, for subjects may have other names under another config."""
     return dict(format="s2dc/finetune", model=network.state_dict(), arguments=network.arguments,
                 preprocessing=data.preprocessing(cfg), task=cfg.task, step=step, score=score,
-                subjects=subjects, chose=origin["chose"], config=dataclasses.asdict(cfg),
-                commit=origin["commit"], torch=origin["torch"])
+                subjects=subjects, chose=origin["chose"], files=origin["files"],
+                config=dataclasses.asdict(cfg), commit=origin["commit"], torch=origin["torch"])
 
 
 def main(argv):
@@ -245,6 +246,8 @@ def main(argv):
         f"{len(val)} choose; batch {cfg.batch} crops of {cfg.crop}; steps {first} to {cfg.steps}")
     lock = run.start_log(folder, cfg, first, origin) if rank == 0 else None
     origin["chose"] = sorted({case["subject"] for case in parts["val"]})        # not for the log
+    origin["files"] = {part: sorted(set().union(*(data.known_as(file, cfg) for case in parts[part]
+                                                  for file in case["images"]))) for part in ("train", "val")}
 
     sums, waited, counted = torch.zeros(2, device=device), 0.0, 0
     began = tick = time.time()

@@ -78,6 +78,8 @@ def check(cfg):
     if not all(type(k) is int for k in cfg.labels) or not all(type(g) is tuple for g in cfg.regions.values()):
         raise SystemExit(f"labels = {cfg.labels}, regions = {cfg.regions}: expected {{id: name}} and {{name: "
                          "(id, ..)}, one id as (3,)")
+    if not all(type(name) is str for name in cfg.classes):
+        raise SystemExit(f"classes = {cfg.classes}: expected {{name: number}}, names as texts: {{'0': 0}}")
     names = names_of(cfg) if cfg.task == "segmentation" else list(cfg.classes)
     labels, numbers = sorted(cfg.labels), sorted(set(cfg.classes.values()))
     segments, classifies = cfg.task == "segmentation", cfg.task == "classification"
@@ -104,6 +106,11 @@ def check(cfg):
         (len(set(names)) == len(names) and not {"mean", "id"} & set(names),
          f"names {names}: each must be another, and none 'mean' or 'id', as columns of the tables are"),
         (not unknown, f"regions: id {unknown[:1]} is not in `labels`"),
+        (all(cfg.regions.values()), f"regions = {cfg.regions}: expected an id in each"),
+        (cfg.fold < 0 or not cfg.val, f"fold = {cfg.fold} and val = {cfg.val!r}: which of them chooses? Give "
+         "--val='()' for folds, --fold=-1 for the named"),
+        (not cfg.test_share or cfg.test != "val", f"test_share = {cfg.test_share} and test = 'val': give "
+         "--test='()' for a share, --test_share=0 for the cases that choose"),
     ]
     for fine, text in rules:
         if not fine:
@@ -143,6 +150,8 @@ def split_cases(cfg):
         for group in parts.values():
             for case, k in zip(group, _classes(group, cfg)):
                 case["class"] = k
+        if missing := {*cfg.classes.values()} - {case["class"] for case in parts["train"]}:
+            raise SystemExit(f"classes: no case of {sorted(missing)} is left for train; look at the split")
     kept = _share(parts["train"], cfg.label_fraction, "labels", cfg)
     parts["train"] = [case for case in parts["train"] if case["id"] in kept]
     _check_parts(parts, cfg)
@@ -541,6 +550,9 @@ def score_image(ready, scan, cfg, extra=()):
     truth = torch.from_numpy(np.ascontiguousarray(scan.open("target"))).float()
     image = torch.from_numpy(np.ascontiguousarray(scan.open())).float()[:1].expand_as(truth)
     inside = above_background(truth[None], [scan.record["target_fill"]])[0]
+    if not inside.any():
+        raise SystemExit(f"{scan.case['targets'][0]}: no voxel lies 0.01 above the least once scaled by "
+                         f"intensity = {cfg.intensity!r}, window = {cfg.window}; is it in another unit?")
     reach = cfg.data_range or float(truth.max() - truth.min())
     guesses = {"whole": ready, "pasted": torch.where(inside, ready, truth), "tissue": ready, "input": image,
                "constant": truth[inside].mean().expand_as(truth)}
@@ -552,7 +564,8 @@ def score_image(ready, scan, cfg, extra=()):
         scores["psnr"][part], scores["nmse"][part] = metrics.psnr(a, b, reach), metrics.nmse(a, b)
         scores["mae"][part] = unit * metrics.mae(a, b)
         if "ssim" in extra and part not in ("tissue", "constant"):
-            each = [metrics.ssim(p, t, reach) for p, t in zip(guess.numpy(), truth.numpy())]
+            each = [metrics.ssim(p, t, reach) if min(t.shape) >= 7 else np.nan      # its window
+                    for p, t in zip(guess.numpy(), truth.numpy())]
             scores["ssim"][part] = float(np.mean(each))
     return {"preprocessed": scores | {"data_range": {"used": reach}}}
 
@@ -674,9 +687,14 @@ def preprocessing_differences(then, cfg):
 
 
 def check_channels(scans, cfg):
-    """The scans, or one line that names the first with other than cfg.in_channels channels."""
+    """The scans, or one line that names the first with other than cfg.in_channels channels, or with more or
+    fewer targets than the network has outputs."""
+    outputs = max(1, len(data.several(cfg.target)))
     for scan in scans:
         if scan.record["channels"] != cfg.in_channels:
             raise SystemExit(f"{scan.case['images'][0]}: the scan has {scan.record['channels']} channels, "
                              f"in_channels = {cfg.in_channels}")
+        if (n := len(scan.case["targets"])) not in (0, outputs):
+            raise SystemExit(f"{scan.case['images'][0]}: the scan has {n} targets, expected {outputs}, as "
+                             f"many as `target` names ({cfg.target!r})")
     return scans

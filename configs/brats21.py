@@ -5,9 +5,10 @@
 
 Download: synapse.org syn25829067, unpacked to
 data/BraTS2021/BraTS2021_00000/BraTS2021_00000_{flair,t1ce,t1,t2,seg}.nii.gz, 1251 cases. Enhancing tumour is
-id 4 here and 3 in BraTS23; both are read as 3, a file with both is refused. The folds of brats21_folds.json
-are taken with --datalist=brats21_folds.json --fold=0 --image="()" --label= ; without that file a fifth of the
-subjects is drawn by split_seed.
+id 4 here and 3 in BraTS23; both are read as 3, and 3 in predictions; a file with both is refused. MONAI's
+list brats21_folds.json, put into data, names its files below TrainingData: `ln -s BraTS2021
+data/TrainingData`. Both commands take its folds with --datalist=brats21_folds.json --fold=0 --image="()"
+--label= ; without that file a fifth of the subjects is drawn by split_seed.
 """
 task = "segmentation"
 name = "brats21"

@@ -3,8 +3,8 @@
     python -m lab.sarcoma data_sets data/sarcoma        once; a clone of github.com/theibsi/data_sets
     python -m lab.study configs/study_sarcoma_ct.py
 
-The rows "all modalities" start from the encoders of configs/study_sarcoma_all.py. Subjects of a seed's share
-of labels, crops and weights follow from the seed, alike for all rows.
+The rows "all modalities" start from the encoders of configs/study_sarcoma_all.py. Crops and
+weights follow from the seed, alike for all rows; the patients of a share of labels are those of all seeds.
 """
 from configs.study_sarcoma_t1 import *
 

@@ -5,10 +5,11 @@
 another factor: --image="UDPET/{subject}/drf_20.nii.gz"
 
 Download: udpet-challenge.github.io (data transfer agreement), NIfTI form in Bq/ml:
-data/UDPET/<patient>/{drf_50,full}.nii.gz. DICOM series work as folders: --image="UDPET/{group}/{subject}/1-50
-dose/" --target="UDPET/{group}/{subject}/Full_dose/". The loss is 0.95 L1 + 0.05 (1 - SSIM), which a public
-UDPET solution found best: L1 follows the median and does not blur hot spots as the square does. The network
-adds a correction to its input. What the paper did is not published.
+data/UDPET/<patient>/{drf_50,full}.nii.gz. DICOM series work as folders:
+    --image="UDPET/{group}/{subject}/1-50 dose/" --target="UDPET/{group}/{subject}/Full_dose/"
+Files in SUV need another `window`. The loss is 0.95 L1 + 0.05 (1 - SSIM), which a public UDPET solution found
+best: L1 follows the median and does not blur hot spots as the square does. The network adds a correction to
+its input. What the paper did is not published.
 """
 task = "reconstruction"
 name = "udpet"

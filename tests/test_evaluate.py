@@ -100,12 +100,12 @@ def test_image_sheet_names_its_columns_and_shows_their_scales(monkeypatch):
 
 # -------------------------------------------------------------------------- networks that were never trained
 
-def checkpoint_file(path, cfg, seed, subjects=(), **other):
+def checkpoint_file(path, cfg, seed, subjects=(), chose=(), **other):
     torch.manual_seed(seed)
     network = tasks.TASKS[cfg.task].network(cfg)
     for p in network.parameters():                          # untrained outputs hardly differ
         p.data *= 1.5
-    state = finetune.checkpoint(network, cfg, 0, 0.0, list(subjects), run.versions() | {"chose": []})
+    state = finetune.checkpoint(network, cfg, 0, 0.0, list(subjects), run.versions() | {"chose": list(chose), "files": {}})
     save(path, state | dict(config=state["config"] | other))
     return network.eval()
 
@@ -129,8 +129,7 @@ def test_several_checkpoints_and_bare_scans(judged, abdomens, tmp_path):
     said = judged(checkpoint=BOTH, out="both", sheets=0)
     results = json.loads((tmp_path / "both/results.json").read_text())["results"]
     a, b = (results[f"{name}.pt"]["rows"][0]["scores"]["original"]["dice"]["mean"] for name in "ab")
-    assert f"b.pt minus a.pt: dice mean, original grid {100 * (b - a):+.4g} points, 95 % interval" in said
-    assert "(1 cases, paired)" in said
+    assert f"b.pt minus a.pt: dice mean, original grid {100 * (b - a):+.4g} points, no interval (1 cases, paired)" in said
     found = [nib.load(tmp_path / f"both/predictions_{k}/004.nii.gz") for k in range(2)]
     assert (found[0].get_fdata() != found[1].get_fdata()).any()
     # the same scan without its label: the same prediction, on the scan's own voxels
@@ -157,13 +156,13 @@ def test_several_checkpoints_and_bare_scans(judged, abdomens, tmp_path):
 
 def test_classes_of_bare_scans_and_a_second_run(judged, abdomens, tmp_path):
     cfg = settings("demo_classification", **KINDS)
-    network = checkpoint_file(tmp_path / "c.pt", cfg, 0)
+    network = checkpoint_file(tmp_path / "c.pt", cfg, 0, chose=("002", "003"))
     bare = f"{abdomens}/demo_ct/train/imagesTr/phantom_00[23].nii.gz"
     for _ in range(2):                                      # a second run's table replaces the first one's
         said = judged("demo_classification", checkpoint="c.pt", part="val", out="scored")
         judged("demo_classification", checkpoint="c.pt", images=bare, out="bare")
     assert "\ndemo_classification: 2 val cases (the cases that chose the checkpoint)\n" in said
-    paths = tmp_path / "scored/predictions/probabilities.csv", tmp_path / "bare/probabilities.csv"
+    paths = tmp_path / "scored/predictions_val/probabilities.csv", tmp_path / "bare/probabilities.csv"
     scored, unlabelled = (list(csv.reader(open(path))) for path in paths)
     assert [row[0] for row in scored] == ["id", "002", "003"]
     assert [row[0] for row in unlabelled] == ["id", "phantom_002", "phantom_003"]
@@ -190,10 +189,49 @@ def test_nobody_is_scored_who_trained_the_network(judged, tmp_path):
 def test_those_who_chose_are_named_under_another_split(judged, tmp_path):
     cfg = settings("demo_segmentation", **DEMO)
     network = checkpoint_file(tmp_path / "v.pt", cfg, 0, subjects=["000"])
-    origin = run.versions() | {"chose": ["002", "003"]}
+    origin = run.versions() | {"chose": ["002", "003"], "files": {}}
     save(tmp_path / "v.pt", finetune.checkpoint(network, cfg, 0, 0.0, ["000"], origin))
     assert "2 test cases (1 of them chose a checkpoint)\n" in judged(checkpoint="v.pt", val="001", test=("002", "004"), sheets=0)
     assert "1 test cases\n" in judged(checkpoint="v.pt", val="001", test="004", sheets=0)
+
+
+def test_files_that_trained_are_known_under_other_names(judged, abdomens, tmp_path):
+    """As where a list of the same data names its subjects otherwise."""
+    cfg = dataclasses.replace(settings("demo_segmentation", **DEMO), data=str(abdomens))
+    file = lambda k: abdomens / f"demo_ct/train/imagesTr/phantom_{k}.nii.gz"
+    origin = run.versions() | {"chose": ["c"], "files": dict(train=sorted(data.known_as(file("002"), cfg)),
+                                                             val=sorted(data.known_as(file("003"), cfg)))}
+    network = checkpoint_file(tmp_path / "o.pt", cfg, 0)
+    save(tmp_path / "o.pt", finetune.checkpoint(network, dataclasses.replace(cfg, dataset="other"), 0, 0.0, ["a", "b"], origin))
+    with pytest.raises(SystemExit, match="^o.pt: 1 test subjects trained it: 002; give the split"):
+        judged(checkpoint="o.pt", val="001", test=("002", "003"))
+    assert "2 test cases (1 of them chose a checkpoint)\n" in judged(checkpoint="o.pt", val="001", test=("003", "004"), sheets=0)
+    said = judged(checkpoint="o.pt", val="003", test="val", out="there", sheets=0)
+    assert "1 test cases (the cases that chose the checkpoint)\n" in said
+    judged(checkpoint="o.pt", val="003", test="004", part="val", out="there", sheets=0)
+    assert {"results.json", "results_val.json", "predictions", "predictions_val"} <= {p.name for p in (tmp_path / "there").iterdir()}
+
+
+def test_predictions_never_lie_where_the_images_are(judged, abdomens, tmp_path):
+    (tmp_path / "mine").mkdir()
+    source = abdomens / "demo_ct/train/imagesTr/phantom_003.nii.gz"
+    before = source.read_bytes()
+    (tmp_path / "mine/a.nii.gz").write_bytes(before)
+    with pytest.raises(SystemExit, match="^out = 'mine': the images lie there, and predictions have their names"):
+        judged(checkpoint="a.pt", images="mine/*.nii.gz", out="mine")
+    assert (tmp_path / "mine/a.nii.gz").read_bytes() == before and len(list((tmp_path / "mine").iterdir())) == 1
+    with pytest.raises(SystemExit, match="^images = 'mine': no scan is left; give --exclude="):
+        judged(checkpoint="a.pt", images="mine", out="else", exclude="a")
+    (tmp_path / "mine/b.nii.gz").write_bytes(before)
+    said = judged(checkpoint="a.pt", images="mine", out="else", exclude="a")
+    assert "1 of 2 scans are left out by exclude = 'a'" in said and not (tmp_path / "else/a.nii.gz").exists()
+    assert (tmp_path / "else/b.nii.gz").exists()
+
+
+def test_one_case_has_no_interval():
+    made = lambda v: dict(rows=[dict(id=0, subject=0, scores={"original": {"dice": {"mean": v}}})])
+    said = evaluate.compare(dict(a=made(0.5), b=made(0.75)), settings("autopet"))
+    assert said == "b minus a: dice mean, original grid +25 points, no interval (1 cases, paired)"
 
 
 def test_a_case_where_one_finds_nothing_rightly_counts_in_the_comparison():
@@ -226,6 +264,27 @@ def test_images_are_written_in_the_unit_of_their_own_rule(tmp_path, monkeypatch)
         evaluate.write_prediction(tmp_path / "out", scan, torch.from_numpy(np.ascontiguousarray(scan.open("target"))).float(), cfg)
         found = nib.load(tmp_path / f"out/{scan.id}.nii.gz").get_fdata()
         np.testing.assert_allclose(found, nib.load(scan.case["targets"][0]).get_fdata(), atol=0.6)
+
+
+def test_thin_scans_have_no_ssim_and_targets_of_another_unit_or_number_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("S2DC_DATA", str(tmp_path))
+    thin = np.random.default_rng(0).integers(0, 100, (20, 22, 6)).astype(np.int16)
+    for name in "ab":
+        nifti(tmp_path / f"1_{name}.nii.gz", thin)
+    keys = dict(image="{id}_a.nii.gz", target="{id}_b.nii.gz", intensity="scale", foreground=-1.0, cache=str(tmp_path / "cache"))
+    cfg = settings("demo_translation", **keys, window=(0.0, 100.0))
+    scan, = data.open_scans(cfg, say=lambda *_: None)
+    ready = torch.from_numpy(np.ascontiguousarray(scan.open("target"))).float()
+    scores = tasks.score_image(ready, scan, cfg, ["ssim"])["preprocessed"]
+    assert np.isnan(scores["ssim"]["whole"]) and scores["mae"]["whole"] == 0
+    cfg = settings("demo_translation", **keys, window=(0.0, 15000.0))
+    scan, = data.open_scans(cfg, say=lambda *_: None)
+    with pytest.raises(SystemExit, match="1_b.nii.gz: no voxel lies 0.01 above the least once scaled by intensity = 'scale', window"):
+        tasks.score_image(ready, scan, cfg)
+    cfg = dataclasses.replace(cfg, target=("{id}_b.nii.gz",) * 2)
+    scan, = data.open_scans(cfg, say=lambda *_: None)
+    with pytest.raises(SystemExit, match="1_a.nii.gz: the scan has 2 targets, expected 1, as many as `target` names"):
+        tasks.check_channels([scan], dataclasses.replace(cfg, target="{id}_b.nii.gz"))
 
 
 def test_folders_of_slices_without_labels(judged, tmp_path):

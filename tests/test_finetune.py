@@ -520,6 +520,9 @@ def test_files_that_do_not_fit(refused, small, keys, change, text):
     (dict(labels={1: "a", "2": "b"}), "labels = {1: 'a', '2': 'b'}, regions = {}: expected {id: name}"),
     (dict(regions={"WT": 1}), "labels = {1: 'one'}, regions = {'WT': 1}: expected {id: name}"),
     (dict(val=(), fold=5, folds=5), "fold = 5, expected 0 to 4"),
+    (dict(fold=2), "fold = 2 and val = "), (dict(test="val", test_share=0.3), "test_share = 0.3 and test = 'val': give "),
+    (dict(regions={"a": ()}), "regions = {'a': ()}: expected an id in each"),
+    (dict(classes={0: 0, 1: 1}), "classes = {0: 0, 1: 1}: expected {name: number}, names as texts"),
 ])
 def test_keys_that_cannot_be(refused, keys, text):
     assert refused(keys).startswith(text)
