@@ -175,8 +175,9 @@ def correspondence_accuracy(encoder, scans, cfg, device, blank=False, rows=2048)
 @torch.no_grad()
 def crop_recognition(student, teacher, scans, cfg, device, crops=64):
     """losses.recognition of `crops` crops of these scans among each other's twins, all of one teacher: a
-    measure of L_g that the teacher's drift cannot meet. Mean over cfg.probe_draws draws of `crops`. student,
-    teacher: crop (1, c, x, y, z) -> (1, e)."""
+    measure of L_g that the teacher's drift cannot meet. Crops of one scan are among each other's negatives:
+    to tell n scans apart, and nothing within them, gives a top-1 of n / crops. Mean over cfg.probe_draws.
+    student, teacher: crop (1, c, x, y, z) -> (1, e)."""
     slabs, found = data.Slabs(scans, cfg, 1, cfg.seed), []
     for n in range(crops * cfg.probe_draws):
         generator = np.random.default_rng((cfg.seed, 3, n))

@@ -257,7 +257,8 @@ def by_seed(each):
 def shots_table(results, cfg):
     """A row per number of labels and row: means over test cases, the seeds in their order, and the paired
     difference to the first row of that number, once with its interval over the cases, each the mean of its
-    seeds, and once seed by seed, with Student's 95 % interval: would other seeds gain, too?"""
+    seeds, and once seed by seed, with Student's 95 % interval: would other seeds gain, too, with the same
+    labelled subjects?"""
     heads = ["labelled", "row", "Dice"] + ["HD95, mm"] * cfg.hd95
     heads += ["Dice less the first row's", "of each seed"]
     lines = []
