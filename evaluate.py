@@ -32,7 +32,7 @@ from model import load_weights, read_file
 class Config(tasks.Config):
     """What scoring adds to the task's own keys."""
     checkpoint: str | tuple = ()    # default runs/<name>/best.pt; several are compared
-    part: str = "test"              # which part of the split is scored
+    part: str = "test"              # which part of the split is scored; of train, val: results_val.json, ..
     hd95: bool = True               # 95 % Hausdorff distance, mm
     lesion_volumes: bool = False    # false positive and false negative volume (AutoPET)
     predictions: bool = True        # write NIfTI files

@@ -60,7 +60,7 @@ class Config(tasks.Config):
 
 # a run goes on when these change: where things lie, how fast, how much memory, how it is judged; it depends
 # on every other key
-FREE = ("data", "runs", "cache", "workers", "checkpointing", "accumulate", "compile", "log_every",
+FREE = ("name", "data", "runs", "cache", "workers", "checkpointing", "accumulate", "compile", "log_every",
         "save_every", "overlap", "blend", "windows", "flips")
 
 

@@ -101,8 +101,8 @@ class Config(data.Config):
 
 # a run goes on when these change: where things lie, how fast, how much memory, what is written; it depends on
 # every other key
-FREE = ("data", "runs", "cache", "workers", "labels", "remap", "checkpointing", "accumulate", "compile",
-        "fill_share", "log_every", "save_every", "keep")
+FREE = ("name", "data", "runs", "cache", "workers", "labels", "remap", "checkpointing", "accumulate",
+        "compile", "fill_share", "log_every", "save_every", "keep")
 
 
 class Standard(nn.Module):

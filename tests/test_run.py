@@ -62,7 +62,7 @@ def test_pretraining_depends_on_every_key_but_those_that_say_where_and_how_fast(
     run.save(tmp_path / "last.pt", dict(step=4, config=dataclasses.asdict(pretrain.Config())))
     other = copy.copy(pretrain.Config())
     setattr(other, key, {"steps": 7, "lr": 1.0}.get(key, "else"))
-    free = ("data", "runs", "cache", "workers", "labels", "remap", "checkpointing", "accumulate", "compile", "fill_share",
+    free = ("name", "data", "runs", "cache", "workers", "labels", "remap", "checkpointing", "accumulate", "compile", "fill_share",
             "log_every", "save_every", "keep")
     if key in free:
         assert run.resume(tmp_path, other, pretrain.FREE, print)["step"] == 4
