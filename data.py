@@ -985,23 +985,25 @@ def summary(good, cfg):
 def doubts(good, cfg):
     """Lines on scans that may not be what the config takes them for; ranges are compared within each of
     cfg.rules."""
-    reach, far = {case["id"]: r["range"][1] - r["range"][0] for case, _, r in good}, []
+    lines, reach, far = [], {case["id"]: r["range"][1] - r["range"][0] for case, _, r in good}, []
     for pattern in cfg.rules or ("*",):
         alike = fnmatch.filter(reach, pattern)
         usual = np.median([reach[name] for name in alike]) if alike else 0.0
         far += [name for name in alike if not 0.1 < reach[name] / usual < 10]
     hint = ", or give zscore_over = 'robust'" * (cfg.intensity == "zscore")
 
+    def unfit(own, used):
+        return not (0.55 if own.intensity == "window" else 0.1) < min(used) <= max(used) < 50
+
     def below_all(own, least):
         return own.intensity == "zscore" and own.zscore_over != "volume" and own.foreground < 0 <= least
 
-    lines = []
     for names, said in (
             (far, f"ranges more than ten times wider or narrower than the others': look at them{hint}"),
             ([case["id"] for case, _, r in good if r["few_values"]],
              "few values, all whole, as of label maps: `exclude` them if they are no scans"),
-            ([case["id"] for case, _, r in good if not all(0.55 < v < 50 for v in r["window_used"])],
-             f"`window` = {cfg.window} hardly fits the values: are `intensity` and `window` those of CT?"),
+            ([case["id"] for case, _, r in good if unfit(ruled(case, cfg), r["window_used"])],
+             "values that hardly fit `window`: are it and `intensity` (by default for HU) of these scans?"),
             ([case["id"] for case, _, r in good if below_all(ruled(case, cfg), r["range"][0])],
              "all voxels are above `foreground` and count in the z-score, air too: MRI and PET have 0"),
             ([case["id"] for case, _, r in good if r["turned_by_guess"]],

@@ -156,7 +156,7 @@ def open_scans(cfg, ranks, local, folder, first, say):
     if local == 0:
         data.open_scans(cfg, used, say)
     device = run.join(ranks, local, folder, first)
-    scans = tasks.check_channels(data.open_scans(cfg, used, say), cfg)
+    scans = tasks.check_channels(data.open_scans(cfg, used, run.silent), cfg)
     return parts, scans[:n], scans[n:], device
 
 

@@ -342,7 +342,7 @@ def open_scans(cfg, ranks, local, folder, first, say):
     if local == 0:
         data.open_scans(cfg, say=say)
     device = run.join(ranks, local, folder, first)
-    scans = data.open_scans(cfg, say=say)
+    scans = data.open_scans(cfg, say=run.silent)
     others = [scan for scan in scans if scan.record["channels"] != cfg.in_channels]
     if others:
         raise SystemExit(f"{others[0].id}: has {others[0].record['channels']} channels, in_channels = "

@@ -1821,10 +1821,12 @@ def test_what_is_doubtful_of_scans_is_said(tmp_path):
         data.open_scans(config(tmp_path, scans=tuple(f"{name}.nii.gz" for name in names), **keys), say=lines.append)
         return [line for line in lines if "scans: " in line]
     assert said("ct") == []
-    window = "`window` = (-1000.0, 1000.0) hardly fits the values: are `intensity` and `window` those of CT?"
+    window = "values that hardly fit `window`: are it and `intensity` (by default for HU) of these scans?"
     assert said("pet") == [f"{window}; 1 scans: pet"] and said("mri") == [f"{window}; 1 scans: mri"]
     assert said("pet", intensity="scale", window=(0.0, 5.0)) == said("mri", intensity="zscore", foreground=0.0) == []
-    assert "hardly fits" in said("mri", intensity="scale", window=(0.0, 5.0))[0]        # 400 times as bright
+    assert said("mri", intensity="scale", window=(0.0, 5.0)) == [f"{window}; 1 scans: mri"]     # 400 times as bright
+    assert said("pet", intensity="scale", window=(0.0, 300.0)) == [f"{window}; 1 scans: pet"]
+    assert said("pet", intensity="scale", window=(0.0, 100.0)) == []
     assert said("mask", intensity="zscore", zscore_over="volume")[0].startswith("few values, all whole, as of label maps")
     assert said("mri", intensity="zscore", foreground=-500.0)[0].startswith("all voxels are above `foreground` and count")
     assert said("ct", intensity="zscore", foreground=-500.0) == []
