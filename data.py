@@ -303,7 +303,7 @@ def preprocess(case, cfg):
         affine = affine @ nib.affines.from_matvec(np.diag(step), (step - 1) / 2)
         parts = [volumes.stretch(v, cfg.resize, order) for v, order in zip(parts, orders)]
     scaled = [volumes.scale_intensity(v, v > cfg.foreground, cfg, path) for v, path in zip(parts, paths)]
-    record["window_used"] = [volumes.window_used(v, cfg) for v in parts[:channels]]
+    record["window_used"] = [volumes.window_used(v, cfg) for v in parts[:len(paths)]]
     arrays = {"image": np.stack(scaled[:channels]), "body": body_map(parts[:channels], cfg.foreground)}
     if case["targets"]:
         arrays["target"] = np.stack(scaled[channels:])

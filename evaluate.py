@@ -397,10 +397,11 @@ def restore(path, cfg, device, cases=()):
         same, files = then.get("dataset") == cfg.dataset, stored.get("files", {})
 
         def among(subjects, part):
-            return {case["subject"] for case in cases if (same and case["subject"] in subjects) or any(
-                data.known_as(file, cfg) & set(files.get(part, ())) for file in case["images"])}
+            known = set(files.get(part, ()))
+            return {case["subject"] for case in cases if (same and case["subject"] in subjects)
+                    or any(data.known_as(file, cfg) & known for file in case["images"])}
         network.chose = among(stored.get("chose", ()), "val")
-        if (seen := sorted(among(stored.get("subjects", ()), "train"))) and cfg.part != "train":
+        if cfg.part != "train" and (seen := sorted(among(stored.get("subjects", ()), "train"))):
             raise SystemExit(f"{path}: {len(seen)} {cfg.part} subjects trained it: {', '.join(seen[:4])}; "
                              "give the split of its training (val, test, fold, ..), or --part=train")
     lost = [r for r in report["reasons"].values() if "outputs" in r]
@@ -439,11 +440,11 @@ def predict_images(network, folder, cfg, device):
     inside = tuple(os.path.relpath(pattern, base) + tail for pattern, tail in zip(patterns, tails))
     where = dict(scans=inside, image=()) if len(inside) == 1 else dict(scans=(), image=inside)
     source = dataclasses.replace(cfg, datalist="", label="", target=(), exclude=(), **where)
-    cases = [case for case in data.find_cases(source, base=base)    # the config excludes training cases, too
+    found = data.find_cases(source, base=base)
+    cases = [case for case in found                                 # the config excludes training cases, too
              if not any(fnmatch.fnmatch(case["id"], pattern) for pattern in data.several(cfg.exclude))]
-    left = len(data.find_cases(source, base=base)) - len(cases)
-    if left:
-        print(f"{left} of {left + len(cases)} scans are left out by exclude = {cfg.exclude!r}")
+    if len(cases) < len(found):
+        print(f"{len(found) - len(cases)} of {len(found)} scans are left out by exclude = {cfg.exclude!r}")
     if not cases:
         raise SystemExit(f"images = {cfg.images!r}: no scan is left; give --exclude='()'")
     if folder.resolve() in {Path(file).resolve().parent for case in cases for file in case["images"]}:
@@ -508,7 +509,7 @@ def main(argv):
     if len(results) > 1:
         print("\n" + compare(results, cfg))
     made = dict(part=cfg.part + same, config=dataclasses.asdict(cfg), **run.versions())
-    if cfg.remap:
+    if cfg.remap and cfg.predictions:
         print(f"\nthe predictions hold the ids of `labels`, after remap = {cfg.remap}")
     run.write_json(out / f"results{of_part}.json", dict(results=results, **made))
     print(f"\n{out / f'results{of_part}.json'}")

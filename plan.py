@@ -25,7 +25,7 @@ from run import program
 
 @dataclasses.dataclass
 class Config:
-    plan: str | tuple = ()          # glob patterns below the data root, or a folder of scans; / ends DICOM's
+    plan: str | tuple = ()          # glob patterns below the data root ("ct/*/": DICOM folders), or a folder
     exclude: str | tuple = ()       # ids, or patterns of them, that are no scans, e.g. "*mask*"
     data: str = "data"              # root of the patterns; or S2DC_DATA, or where the pattern fits from here
     out: str = ""                   # the config, default configs/<folder of the first pattern>.py

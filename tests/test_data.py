@@ -1830,6 +1830,9 @@ def test_what_is_doubtful_of_scans_is_said(tmp_path):
     assert said("mask", intensity="zscore", zscore_over="volume")[0].startswith("few values, all whole, as of label maps")
     assert said("mri", intensity="zscore", foreground=-500.0)[0].startswith("all voxels are above `foreground` and count")
     assert said("ct", intensity="zscore", foreground=-500.0) == []
+    for name, channel in (("ct", "a"), ("pet", "b")):               # a target in another unit than the image
+        nifti(tmp_path / f"1_{channel}.nii.gz", values[name].astype(np.float32))
+    assert said(image="{id}_a.nii.gz", target="{id}_b.nii.gz") == [f"{window}; 1 scans: 1"]
     assert said("lost") == ["orientation unknown (sform_code and qform_code are 0): taken for LAS; 1 scans: lost"]
 
 
