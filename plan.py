@@ -83,11 +83,12 @@ def rooted(cfg):
 
 
 def endings(pattern, folder):
-    """Patterns of what lies in a folder: volumes by their ending, else DICOM folders, else itself as one."""
-    files = [path for path in folder.iterdir() if path.name[0] != "."]
-    within = [f"*{end}" for end in (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
-              if any(path.name.endswith(end) for path in files)]
-    within = within or ["*/"] * any(path.is_dir() for path in files) or [""]
+    """Patterns of what lies in a folder: volumes by their ending, in it or one folder deeper, else DICOM
+    folders, else itself as one."""
+    ends = "*.nii", "*.nii.gz", "*.mha", "*.mhd", "*.nrrd"
+    within = [end for end in ends if any(folder.glob(end))]
+    within = within or [f"*/{end}" for end in ends if any(folder.glob(f"*/{end}"))]
+    within = within or ["*/"] * any(path.is_dir() for path in folder.iterdir()) or [""]
     return [f"{glob.escape(pattern)}/{end}" for end in within]
 
 

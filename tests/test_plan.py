@@ -115,6 +115,7 @@ def test_other_endings_odd_names_dicom_and_several_folders(tmp_path, monkeypatch
     both = f"('{tmp_path}/here/mhas', '{tmp_path}/here/other/*.nii.gz')"
     cfg, _ = planned(tmp_path / "b", both)
     assert cfg.data == f"{tmp_path}/here" and len(data.find_cases(cfg)) == 3
+    assert len(data.find_cases(planned(tmp_path / "d", tmp_path / "here")[0])) == 3     # a folder of folders
     monkeypatch.chdir(tmp_path)
     cfg, _ = planned(tmp_path / "c", "here/mhas", time=True)        # as it stands from here, and a step of it
     assert len(data.find_cases(cfg)) == 2
