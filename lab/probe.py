@@ -175,20 +175,49 @@ def correspondence_accuracy(encoder, scans, cfg, device, blank=False, rows=2048)
 @torch.no_grad()
 def crop_recognition(student, teacher, scans, cfg, device, crops=64):
     """losses.recognition of `crops` crops of these scans among each other's twins, all of one teacher: a
-    measure of L_g that the teacher's drift cannot meet. Crops of one scan are among each other's negatives:
-    to tell n scans apart, and nothing within them, gives a top-1 of n / crops. Mean over cfg.probe_draws.
-    student, teacher: crop (1, c, x, y, z) -> (1, e)."""
-    slabs, found = data.Slabs(scans, cfg, 1, cfg.seed), []
+    measure of L_g that the teacher's drift cannot meet. student, teacher: crop (1, c, x, y, z) -> (1, e).
+
+    returns dict over all queries of cfg.probe_draws draws: top1, nce and their chances among all `crops`, of
+    which n scans told apart, and nothing within them, give a top-1 of n / crops; the same of "others", among
+    crops of other subjects, as training has it, and of "within", among crops of the query's own scan whose
+    middles lie a quarter of a crop or more away, where no scan can be told. "queries": how many had any.
+    """
+    slabs, found, places = data.Slabs(scans, cfg, 1, cfg.seed), [], []
     for n in range(crops * cfg.probe_draws):
         generator = np.random.default_rng((cfg.seed, 3, n))
         batch = data.collate([slabs.sample(scans[n % len(scans)], generator)])
         V, _, twin = data.views(batch, cfg)
         x, y, z = (slice(s, s + c) for s, c in zip(batch["crop"][0].tolist(), cfg.crop))
         found.append([student(V[:, :, x, y, z].to(device)), teacher(twin.to(device))])
-    queries, keys = (torch.cat(each).cpu().split(crops) for each in zip(*found))
-    others = ~torch.eye(crops, dtype=torch.bool)
-    measured = [losses.recognition(q, k, k, cfg.global_temperature, others) for q, k in zip(queries, keys)]
-    return {name: float(np.mean([each[name].item() for each in measured])) for name in measured[0]}
+        places.append((batch["start"] + batch["crop"])[0])
+    queries, keys = (torch.cat(each).cpu() for each in zip(*found))
+    n = torch.arange(len(queries))
+    names = [[scan.subject for scan in scans].index(scan.subject) for scan in scans]
+    scan, subject, place = n % len(scans), torch.tensor(names)[n % len(scans)], torch.stack(places)
+    drawn = _pairs(n // crops) & ~torch.eye(len(n), dtype=torch.bool)
+    away = ((rearrange(place, "n a -> n 1 a") - place).abs() >= torch.tensor(cfg.crop) / 4).any(2)
+    measured = {}
+    for kind, allowed in (("all", drawn), ("others", drawn & ~_pairs(subject)),
+                          ("within", drawn & _pairs(scan) & away)):
+        asked = allowed.any(1)
+        if asked.any():
+            known = losses.recognition(queries[asked], keys[asked], keys, cfg.global_temperature,
+                                       allowed[asked])
+            measured[kind] = {name: value.item() for name, value in known.items()}
+            measured[kind]["queries"] = int(asked.sum())
+    return measured.pop("all") | measured
+
+
+def _pairs(x):
+    """(n, n) bool: which of x (n,) are alike."""
+    return rearrange(x, "n -> n 1") == x
+
+
+def recognised(found):
+    """A line of words: the top-1s of crop_recognition with their chances, and Eq. 1 among all."""
+    of = [found, found.get("others"), found.get("within")]
+    return [*(f"{each['top1']:.3f} ({each['top1_chance']:.3f})" if each else "-" for each in of),
+            f"{found['nce']:.2f} ({found['nce_chance']:.2f})"]
 
 
 def load_heads(path, cfg, device):
@@ -358,7 +387,8 @@ def measure(cfg, device):
     if cfg.probe_random:
         files = ["random", *files]
     rows = [["encoder", "linear probe", "k-NN", "silhouette cos", "silhouette eucl", "effective rank",
-             "correspondence", "of blanks", "crop top-1", "L_g top-1", "L_g"]]
+             "correspondence", "of blanks"]]
+    heard = [["top-1 of 64 crops (chance)", "by", "all", "of other subjects", "of its scan", "Eq. 1"]]
     for path in dict.fromkeys(files):                               # each once
         encoder = load_encoder(path, cfg, device)
         sets, counts = enough(*organ_tokens(encoder, train, cfg, device)[:2],
@@ -379,16 +409,17 @@ def measure(cfg, device):
                              correspondence_of_blanks=place, crops=crops, L_g=L_g,
                              tokens=[len(sets[0]), len(sets[2])], organs=counts)
         values = [linear["balanced_accuracy"], near["balanced_accuracy"], cosine[0], euclidean[0], rank,
-                  found, place, crops["top1"], L_g.get("top1"), L_g.get("nce")]
-        rows.append([path, *["-" if value is None else f"{value:.3f}" for value in values]])
-    print(evaluate.text_table(rows))
+                  found, place]
+        rows.append([path, *[f"{value:.3f}" for value in values]])
+        heard += [[path, by, *recognised(known)] for by, known in (("pooled features", crops), ("L_g", L_g))
+                  if known]
+    print(evaluate.text_table(rows) + "\n\n" + evaluate.text_table(heard))
     classes = len(np.unique(sets[1]))
     print("(linear probe and k-NN: balanced accuracy over organs, 1 all right, chance "
           f"{1 / classes:.3f}; silhouette: 1 apart, 0 mixed; correspondence: share of tokens found again "
-          "after the config's moves, of blanks: with nothing to be seen, by their place; top-1: share of 64 "
-          "crops whose twin is the most similar of all 64, "
-          f"chance {crops['top1_chance']:.3f}, by the encoder's pooled features or by L_g's embeddings (of a "
-          f"last.pt), and Eq. 1 among them, chance {crops['nce_chance']:.2f})")
+          "after the config's moves, of blanks: with nothing to be seen, by their place; top-1: share of "
+          "crops whose twin is more similar than those of all 64, of other subjects' alone, or of the crops "
+          "of its own scan that lie a quarter of a crop or more away)")
     return results
 
 

@@ -51,6 +51,9 @@ class Config:
     probes: bool = True             # lab.probe for every row
     shots: dict = dataclasses.field(default_factory=dict)   # {row: labelled scans, e.g. (1, 2, 4, 8)}
     labelled: int = 20              # training subjects of the fine-tuning config
+    # Other labelled subjects with every seed (split_seed = seed), so that an interval over seeds is of both;
+    # False: the same for all
+    redraw: bool = False
     grid: str = "preprocessed"      # on which segmentations are scored, or "original"
     hd95: bool = False
     pretrain_config: str = ""
@@ -104,7 +107,11 @@ def check(cfg):
         raise SystemExit(f"shots = {cfg.shots}: expected 1 to {cfg.labelled} (labelled)")
     if cfg.shots:
         keys = cfg.finetune_keys | dict(data=cfg.data, label_fraction=1.0)
-        cases = tasks.split_cases(configs.load(finetune.Config, [cfg.finetune_config, *flags(keys)]))
+        own = configs.load(finetune.Config, [cfg.finetune_config, *flags(keys)])
+        if cfg.redraw and (own.test_share or own.val_share):
+            raise SystemExit(f"redraw: expected val and test named in {cfg.finetune_config}, lest they "
+                             f"change, too; found test_share {own.test_share}, val_share {own.val_share}")
+        cases = tasks.split_cases(own)
         found = sorted({case["subject"] for case in cases["train"]})
         if len(found) != cfg.labelled:
             raise SystemExit(f"labelled = {cfg.labelled}, but {cfg.finetune_config} with finetune_keys "
@@ -152,6 +159,7 @@ def plan(row, seed, cfg):
         tuned = f"{name}-{shots}"
         keys = same | cfg.finetune_keys | cfg.tuned.get(row, {})
         keys |= dict(init=init, name=tuned, label_fraction=shots / cfg.labelled)
+        keys |= dict(split_seed=seed) if cfg.redraw else {}
         resolved = [cfg.finetune_config, str(runs / tuned / "config.py")]   # of which it takes its own keys
         parts[str(shots)] = [["finetune", cfg.finetune_config, *flags(keys)],
                              ["evaluate", *resolved, "--sheets=0", "--predictions=False",
@@ -258,7 +266,7 @@ def shots_table(results, cfg):
     """A row per number of labels and row: means over test cases, the seeds in their order, and the paired
     difference to the first row of that number, once with its interval over the cases, each the mean of its
     seeds, and once seed by seed, with Student's 95 % interval: would other seeds gain, too, with the same
-    labelled subjects?"""
+    labelled subjects, or under cfg.redraw with others?"""
     heads = ["labelled", "row", "Dice"] + ["HD95, mm"] * cfg.hd95
     heads += ["Dice less the first row's", "of each seed"]
     lines = []

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import SPHERES, encoder_file
+from conftest import QUIET, SPHERES, encoder_file, nifti
 from einops import rearrange
 from scipy import ndimage
 
@@ -217,11 +217,12 @@ def test_command_scores_the_second_scan_by_the_first(spheres, tmp_path, capsys):
     sim = np.where(valid_, [[cosine(a, b) for b in blank] for a in blank], -2)
     found = [M[i, j] for i, j in enumerate(sim.argmax(1)) if M[i].any()]
     assert number["correspondence_of_blanks"] == pytest.approx(sum(found) / M.sum(), abs=0.02)     # near ties
-    row, = (columns for columns in table if columns and columns[0] == file)
+    row, crops = (columns for columns in table if columns and columns[0] == file)
     linear, near = (number[kind]["balanced_accuracy"] for kind in ("linear", "knn"))
-    crops = number["crops"]["top1"]
-    scores = linear, near, number["correspondence"], number["correspondence_of_blanks"], crops
-    assert row[1:3] + row[6:] == [f"{score:.3f}" for score in scores] + ["-", "-"]
+    scores = linear, near, number["correspondence"], number["correspondence_of_blanks"]
+    assert row[1:3] + row[6:] == [f"{score:.3f}" for score in scores]
+    assert crops[1:] == ["pooled", "features", f"{number['crops']['top1']:.3f}", "(0.016)", "-", "-",    # one scan, one place
+                         f"{number['crops']['nce']:.2f}", "(4.16)"]
 
 
 def test_organs_of_few_tokens_are_left_out_on_both_sides():
@@ -302,3 +303,48 @@ def test_crops_are_recognised_among_the_twins_of_one_teacher(spheres, tmp_path):
     assert twice["top1"] == pytest.approx(np.mean([part.argmax(1) == np.arange(3) for part in parts]))
     terms = [np.log(np.exp(part / cfg.global_temperature).sum(1)) - part.diagonal() / cfg.global_temperature for part in parts]
     assert twice["nce"] == pytest.approx(np.mean(terms), abs=1e-4) and twice["top1_chance"] == pytest.approx(1 / 3)
+
+
+def test_crops_are_told_from_other_subjects_and_from_their_own_scan(tmp_path):
+    """Three scans of two people. Who tells scans apart, and nothing within them, is right of all crops but those of
+    its scan; who tells places is right within a scan. Scans and places are read back from the crops' voxels."""
+    x, y, z = np.indices((128, 66, 64))
+    for n in range(3):
+        nifti(tmp_path / f"{'aab'[n]}_{n}.nii.gz", 300 * n + x + 1)
+    cfg = configs.load(probe.Config, [])
+    cfg = dataclasses.replace(cfg, **SPHERES, **QUIET, data=str(tmp_path), cache=str(tmp_path / "cache"), workers=0, seed=2,
+                              image="{subject}_{id}.nii.gz", spacing=None, window=(0.0, 1000.0), foreground=0.0, tokens="inside",
+                              crop=(64, 64, 64), slab=(64, 64, 64), rotation=(0, 0, 0), scale=(1, 1), shift=(0, 0, 0),
+                              twin_rotation=(0, 0, 0), twin_scale=(1, 1), twin_shift=(0, 0, 0), flip=(0, 0, 0), probe_draws=2)
+    scans, device, seen = data.open_scans(cfg, say=lambda *_: None), torch.device("cpu"), []
+    assert [scan.subject for scan in scans] == ["a", "a", "b"]
+
+    def of_scan(crop, near=0.0):
+        value = crop.mean().item() * 1000 - 32.5                # 300 n + the crop's first x
+        n, place = int(value // 300), value % 300
+        seen.append((n, place))
+        angle = near * place / 128
+        embedding = torch.zeros(1, 6)
+        embedding[0, 2 * n], embedding[0, 2 * n + 1] = np.cos(angle), np.sin(angle)
+        return embedding
+    crops = 10
+    blind = probe.crop_recognition(of_scan, of_scan, scans, cfg, device, crops=crops)
+    queries = seen[::2]
+    assert [n for n, _ in queries] == [i % 3 for i in range(2 * crops)]
+    sharp = probe.crop_recognition(lambda v: of_scan(v, 1.0), lambda v: of_scan(v, 1.0), scans, cfg, device, crops=crops)
+    number, alone = dict(all=[], others=[], within=[]), []
+    for i, (n, place) in enumerate(queries):
+        mates = [q for k, q in enumerate(queries) if k // crops == i // crops and k != i]
+        number["all"].append(len(mates))
+        alone.append((n, round(place)) not in {(m, round(at)) for m, at in mates})
+        number["others"].append(sum("aab"[m] != "aab"[n] for m, _ in mates))
+        number["within"].append(sum(m == n and abs(at - place) > 15.5 for m, at in mates))
+    assert 0 < sum(number["within"]) < sum(number["others"]) and 0 in number["within"] and max(number["within"]) > 1
+    for found, right in ((blind, (0, 1, 0)), (sharp, (np.mean(alone), 1, 1))):
+        for (kind, many), top in zip(number.items(), right):
+            have, many = found if kind == "all" else found[kind], np.array([m for m in many if m])
+            assert have["top1"] == pytest.approx(top) and have["top1_chance"] == pytest.approx(np.mean(1 / (1 + many)))
+            assert have["nce_chance"] == pytest.approx(np.mean(np.log(1 + many)))
+            assert kind == "all" or have["queries"] == len(many)
+    words = probe.recognised(sharp)
+    assert words[0] == f"{np.mean(alone):.3f} (0.100)" and words[2].startswith("1.000 (0.") and probe.recognised(dict(sharp, within=None))[2] == "-"

@@ -81,6 +81,9 @@ workers = 0
     few = "labelled = 3, but .* trains on 2 subjects .train_000, train_001, ...\\n"
     with pytest.raises(AssertionError, match=few):
         run(shots(1), "--labelled=3")
+    drawn = "redraw: expected val and test named in .*demo_segmentation.py, .* found test_share 0.0, val_share 0.3\\n"
+    with pytest.raises(AssertionError, match=drawn):
+        run(shots(1), "--redraw=True", "--finetune_keys=" + repr(dict(val="", val_share=0.3, test="unseen_050")))
     first = run(shots(1))
     folder = tmp_path / "runs/study"
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.pt")}
@@ -147,6 +150,9 @@ def test_a_row_may_start_from_an_encoder_that_is_there():
                        pretrain_config="p.py", finetune_config="f.py", probes=False)
     (tune, score), = study.plan("other", 2, cfg).values()
     assert "--init=runs/x-2/encoder.pt" in tune and "--label_fraction=0.25" in tune and "--hd95=False" in score
+    assert not any(arg.startswith("--split_seed") for arg in tune)
+    (redrawn, _), = study.plan("other", 2, dataclasses.replace(cfg, redraw=True)).values()
+    assert [arg for arg in redrawn if arg not in tune] == ["--split_seed=2"]
 
 
 def test_a_row_may_fine_tune_what_another_row_learned(monkeypatch):
