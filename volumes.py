@@ -456,7 +456,8 @@ def to_original(array, affine_pre, affine_orig, shape_orig, order, fill=0):
     A voxel fills half a step to each side of its centre, so that the rim of a scan that was merely resampled
     keeps its prediction; scipy and nibabel stop at the outermost centres. Beside the output it holds about
     three volumes. Raises ValueError for another order or rank, and for grids that are rotated against each
-    other: by half a voxel at the far end and more; what rounded headers of a label add is left out."""
+    other: by half a voxel, of the coarser grid, at the far end and more; what is below that, as of labels
+    whose headers were rounded, is left out."""
     array = torch.as_tensor(array)
     affine_pre, affine_orig = np.asarray(affine_pre, float), np.asarray(affine_orig, float)
     if array.ndim not in (3, 4) or order not in (0, 1):
@@ -465,7 +466,8 @@ def to_original(array, affine_pre, affine_orig, shape_orig, order, fill=0):
     matrix = np.linalg.inv(affine_pre) @ affine_orig                # voxel of the scan -> voxel of the array
     reach = np.abs(matrix[:3, :3]) * np.asarray(shape_orig)         # voxels from end to end of the scan
     owner = reach.argmax(1)                                         # axis of the scan that each axis follows
-    if len(set(owner)) < 3 or (reach.sum(1) - reach.max(1) > 0.5).any():
+    step = np.abs(matrix[:3, :3]).max(1)                            # of the scan, in voxels of the array
+    if len(set(owner)) < 3 or (reach.sum(1) - reach.max(1) > 0.5 * step.clip(1)).any():
         raise ValueError(f"to_original: the grids are turned against each other: "
                          f"{affine_pre.tolist()}, {affine_orig.tolist()}")
     if order == 1:
