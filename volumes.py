@@ -35,11 +35,20 @@ def read_volume(path, label=False):
 
 
 def few_values(voxels, most=32):
-    """How many values a volume has where they are whole and at most `most`, as of a label map, else 0; by a
-    hundred thousand of its voxels and more."""
+    """How many values a volume has where they are whole and at most `most`, as of a label map, or up to 256
+    and most voxels like the next, as of one of many organs and no scan of 8 bits, else 0; by a hundred
+    thousand of its voxels and more."""
     some = voxels.ravel("K")[::max(1, voxels.size // 200_000)]
-    values = np.unique(some)
-    return len(values) if len(values) <= most and (values == np.round(values)).all() else 0
+    values, counts = np.unique(some, return_counts=True)
+    if len(values) > 256 or not (values == np.round(values)).all():
+        return 0
+    if len(values) > most:
+        step = max(1, voxels.shape[-1] // 8)
+        planes = voxels[..., step // 2::step]
+        shown = planes[:-1] != values[counts.argmax()]              # but the background
+        if not shown.any() or (planes[1:] == planes[:-1])[shown].mean() < 0.6:
+            return 0
+    return len(values)
 
 
 def turned_by_guess(path):
