@@ -78,10 +78,11 @@ def root(cfg):
 
 
 def known_as(path, cfg):
-    """{12 digits} of a file's place below the data root and of that on this machine: enough to tell later
-    whether it was seen, on another machine or below another root."""
+    """{12 digits} of a file's size and its place below the data root, and on this machine: enough to tell
+    later whether it was seen, on another machine or below another root."""
     places = os.path.relpath(path, root(cfg)), os.path.realpath(path)
-    return {hashlib.sha256(place.encode()).hexdigest()[:12] for place in places}
+    size = os.path.isfile(path) and os.path.getsize(path)
+    return {hashlib.sha256(f"{place} {size}".encode()).hexdigest()[:12] for place in places}
 
 
 def find_cases(cfg, section=None, base=None):
@@ -307,7 +308,7 @@ def preprocess(case, cfg):
     arrays = {"image": np.stack(scaled[:channels]), "body": body_map(parts[:channels], cfg.foreground)}
     if case["targets"]:
         arrays["target"] = np.stack(scaled[channels:])
-        record["target_fill"] = arrays["target"].min((1, 2, 3)).tolist()
+        record["target_fill"] = [volumes.background_of(channel) for channel in arrays["target"]]
     if case["label"]:
         arrays["label"] = parts[-1]
     record |= dict(shape=list(arrays["image"].shape[1:]), channels=channels, affine=affine.tolist(),
@@ -362,7 +363,7 @@ def body_map(parts, foreground):
 # ----------------------------------------- cache: one memory-mapped .npy per array, an index.json beside them
 
 FIRST_PER_CLASS = 4096              # foreground positions kept per class and scan, spread evenly over it
-CACHE_VERSION = 4                   # raise it when a scan gets other files or another record
+CACHE_VERSION = 5                   # raise it when a scan gets other files or another record
 
 
 def cache_folder(cfg):
@@ -698,8 +699,7 @@ def correspondence(H, grid, patch):
     """M_gt of Eq. 2 and 3: bool (t, t), or (b, t, t) for H (b, 4, 4); True where patch i of V, j of V' match.
 
     Row i is patch i of V, column j patch j of V', t = product of grid, order "(i j k)". H(c_i) must lie in
-    patch j and H^-1(c_j) in patch i.
-    """
+    patch j and H^-1(c_j) in patch i."""
     if H.ndim == 2:
         return correspondence(H[None], grid, patch)[0]
     t = math.prod(grid)

@@ -394,14 +394,9 @@ def restore(path, cfg, device, cases=()):
             reordered = key == "regions" and theirs == ours and list(theirs) != list(ours)
             if theirs != ours or reordered:                         # the channels follow the order of regions
                 raise SystemExit(f"{path}: trained with {key} = {theirs!r}, the config has {ours!r}")
-        same, files = then.get("dataset") == cfg.dataset, stored.get("files", {})
-
-        def among(subjects, part):
-            known = set(files.get(part, ()))
-            return {case["subject"] for case in cases if (same and case["subject"] in subjects)
-                    or any(data.known_as(file, cfg) & known for file in case["images"])}
-        network.chose = among(stored.get("chose", ()), "val")
-        if cfg.part != "train" and (seen := sorted(among(stored.get("subjects", ()), "train"))):
+        network.chose = {case["subject"] for case in tasks.used_by(stored, "val", cases, cfg)}
+        seen = sorted({case["subject"] for case in tasks.used_by(stored, "train", cases, cfg)})
+        if cfg.part != "train" and seen:
             raise SystemExit(f"{path}: {len(seen)} {cfg.part} subjects trained it: {', '.join(seen[:4])}; "
                              "give the split of its training (val, test, fold, ..), or --part=train")
     lost = [r for r in report["reasons"].values() if "outputs" in r]
@@ -412,7 +407,7 @@ def restore(path, cfg, device, cases=()):
         count, parts = sum(report["initial"].values()), ", ".join(report["initial"])
         raise SystemExit(f"{path}: holds no fine-tuned {cfg.task} network, {count} tensors are missing "
                          f"({parts}); expected the best.pt of finetune.py")
-    for line in tasks.preprocessing_differences(stored.get("preprocessing"), cfg):
+    for line in run.preprocessing_differences(stored.get("preprocessing"), data.preprocessing(cfg)):
         print(f"{path}: {line} here")
     return network.to(device).eval()
 
@@ -458,9 +453,16 @@ def predict_images(network, folder, cfg, device):
         if k < cfg.sheets and cfg.task == "segmentation":
             draw_case(folder / f"{scan.id}.png", scan, ready, cfg)
         print(f"{scan.id}: {folder}")
+    tell_ids(cfg)
     if reasons:
         raise SystemExit("\n".join(reasons) + f"\n{len(reasons)} of {len(scans) + len(reasons)} scans are "
                          "unusable; mend them or name their ids under `exclude`")
+
+
+def tell_ids(cfg):
+    """A line where the ids of predictions are not those of the files of labels."""
+    if cfg.remap and cfg.task == "segmentation":
+        print(f"\nthe predictions hold the ids of `labels`, after remap = {cfg.remap}")
 
 
 def score(network, scans, folder, cfg, device):
@@ -509,8 +511,8 @@ def main(argv):
     if len(results) > 1:
         print("\n" + compare(results, cfg))
     made = dict(part=cfg.part + same, config=dataclasses.asdict(cfg), **run.versions())
-    if cfg.remap and cfg.predictions:
-        print(f"\nthe predictions hold the ids of `labels`, after remap = {cfg.remap}")
+    if cfg.predictions:
+        tell_ids(cfg)
     run.write_json(out / f"results{of_part}.json", dict(results=results, **made))
     print(f"\n{out / f'results{of_part}.json'}")
 

@@ -94,9 +94,40 @@ def check(cfg, ranks):
 
 
 def sided(cfg):
-    """Names of labels that tell left from right."""
-    words = {name: set(re.split(r"\W|_", str(name).lower())) for name in cfg.labels.values()}
-    return [name for name, said in words.items() if said & {"left", "right", "l", "r"}]
+    """Names of labels, regions and classes that tell left from right."""
+    names = map(str, [*cfg.labels.values(), *cfg.regions, *cfg.classes])
+    words = {name: set(re.split(r"\W|_|(?<=[a-z])(?=[A-Z])", name)) for name in names}     # "LeftKidney"
+    return [name for name, said in words.items() if {w.lower() for w in said} & {"left", "right", "l", "r"}]
+
+
+def check_split(path, then, parts, cfg, say):
+    """Refuse cases that choose or are reported and trained the checkpoint `then` of `path`, with labels.
+    Where the run itself goes on from it, a line where it has other cases than it had."""
+    for part in ("val", "test"):
+        if ids := [case["id"] for case in tasks.used_by(then, "train", parts[part], cfg)]:
+            raise SystemExit(f"{path}: {len(ids)} of the {len(parts[part])} {part} cases trained it: "
+                             f"{', '.join(ids[:4])}; give the split, and the scans, of its training, or "
+                             "begin with another file")
+    for part, before in then.get("cases", {}).items() if path != cfg.init else ():
+        now, new = len(parts[part]), len(parts[part]) - len(tasks.used_by(then, part, parts[part], cfg))
+        if new or now != before:
+            say(f"{part}: not the cases that this run had: {before} then, {now} now, {new} of them new")
+
+
+def origin_of(then, parts, cfg):
+    """Who was used, as a checkpoint keeps it: the cases of this run, and those of the checkpoint `then` that
+    it goes on from or began with ({}: none). {"subjects", "chose": of this data set, "files": {part:
+    [data.known_as]}, "cases": {part: number, of this run alone}, "seen": by a pre-training}."""
+    ours = then if then.get("format") == "s2dc/finetune" else {}
+    same, origin = ours.get("config", {}).get("dataset") == cfg.dataset, dict(files={}, seen=[])
+    if str(then.get("format")).startswith("s2dc/"):
+        origin["seen"] = sorted(then.get("seen", ()))
+    for part, key in tasks.USED.items():
+        now = {case["subject"] for case in parts[part]}
+        origin[key] = sorted(now.union(ours.get(key, ()) if same else ()))
+        now = [data.known_as(file, cfg) for case in parts[part] for file in case["images"]]
+        origin["files"][part] = sorted(set(ours.get("files", {}).get(part, ())).union(*now))
+    return origin | dict(cases={part: len(parts[part]) for part in tasks.USED})
 
 
 def start_from(network, cfg, parts, say):
@@ -107,16 +138,16 @@ def start_from(network, cfg, parts, say):
         then, seen = stored.get("preprocessing"), set(stored.get("seen", ()))
     except WeightsError as error:
         raise SystemExit(str(error)) from None
+    check_split(cfg.init, stored, parts, cfg, say)
     for part in ("val", "test"):
         files = [case["images"] + case["targets"] for case in parts[part]]
-        known = sum(any(data.known_as(file, cfg) & seen for file in each) for each in files)
-        if known:
-            say(f"{cfg.init} was pre-trained on {known} of the {len(files)} {part} cases, without their "
+        if count := sum(any(data.known_as(file, cfg) & seen for file in each) for each in files):
+            say(f"{cfg.init} was pre-trained on {count} of the {len(files)} {part} cases, without their "
                 "labels")
     if not isinstance(then, dict):
         say(f"{cfg.init} does not say under which preprocessing it was trained")
         return
-    for line in tasks.preprocessing_differences(then, cfg):
+    for line in run.preprocessing_differences(then, data.preprocessing(cfg)):
         say(f"  {line} here")
 
 
@@ -203,13 +234,13 @@ def save_state(path, kept, optimizer, best):
     run.save(path, kept | {"optimizer": optimizer.state_dict(), "best": best}, keep=True)
 
 
-def checkpoint(network, cfg, step, score, subjects, origin):
-    """Content of best.pt. subjects: who trained, so that evaluate.py scores nobody of them by mistake;
-    origin["chose"]: whose scores made it the best, so that evaluate.py says so where it reports them;
-    origin["files"]: data.known_as of both, for subjects may have other names under another config."""
+def checkpoint(network, cfg, step, score, origin):
+    """Content of best.pt. Of origin "subjects": who trained, so that evaluate.py scores nobody of them by
+    mistake; "chose": whose scores made it the best, so that evaluate.py says so where it reports them;
+    "files": data.known_as of both, for subjects may have other names under another config."""
     return dict(format="s2dc/finetune", model=network.state_dict(), arguments=network.arguments,
                 preprocessing=data.preprocessing(cfg), task=cfg.task, step=step, score=score,
-                subjects=subjects, chose=origin["chose"], files=origin["files"],
+                **{key: origin[key] for key in ("subjects", "chose", "files", "cases", "seen")},
                 config=dataclasses.asdict(cfg), commit=origin["commit"], torch=origin["torch"])
 
 
@@ -230,7 +261,9 @@ def main(argv):
             f"image keeps its name; flip = {(0.0, *cfg.flip[1:])} leaves sides as they are")
     parts, train, val, device = open_scans(cfg, ranks, local, folder, first, say)
     network, optimizer = build(cfg, device, state is None, parts, say)
+    origin = run.versions()
     if state is not None:
+        check_split(folder / "last.pt", state, parts, cfg, say)
         restore(state, network, optimizer)
         say(f"resumed from {folder}/last.pt at step {first}")
         best = beyond(folder / "best.pt", first, best, say)
@@ -238,16 +271,12 @@ def main(argv):
     bf16 = run.bfloat16(cfg, device)
     task = tasks.TASKS[cfg.task]
     batches = run.batches(crops_of(train, parts["train"], cfg), cfg, rank, ranks, first, data.collate)
-    subjects = sorted({case["subject"] for case in parts["train"]})
     metric = " ".join(task.best[1:])
-    origin = run.versions()
     say(f"{ranks} x {origin['device']}, {'bfloat16' if bf16 else 'float32'}, "
         f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters, {len(train)} scans train, "
         f"{len(val)} choose; batch {cfg.batch} crops of {cfg.crop}; steps {first} to {cfg.steps}")
     lock = run.start_log(folder, cfg, first, origin) if rank == 0 else None
-    origin["chose"] = sorted({case["subject"] for case in parts["val"]})        # not for the log
-    origin["files"] = {part: sorted(set().union(*(data.known_as(file, cfg) for case in parts[part]
-                                                  for file in case["images"]))) for part in ("train", "val")}
+    origin |= origin_of(state or (read_file(cfg.init) if cfg.init else {}), parts, cfg)     # not for the log
 
     sums, waited, counted = torch.zeros(2, device=device), 0.0, 0
     began = tick = time.time()
@@ -304,9 +333,9 @@ def main(argv):
             if rank == 0:
                 run.write_log(folder, {"step": done, "val": score, "metric": metric})
                 if better:
-                    run.save(folder / "best.pt", checkpoint(network, cfg, done, score, subjects, origin))
+                    run.save(folder / "best.pt", checkpoint(network, cfg, done, score, origin))
         if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
-            kept = checkpoint(network, cfg, done, best, subjects, origin)
+            kept = checkpoint(network, cfg, done, best, origin)
             save_state(folder / "last.pt", kept, optimizer, best)
     say(f"{cfg.steps} steps in {run.clock(time.time() - began)}; "
         f"best val {metric} {best:.4f}: {folder}/best.pt")

@@ -441,6 +441,12 @@ def dice_loss(p, y, smooth):
     return (1 - (2 * overlap + smooth) / (size + smooth)).mean()
 
 
+def above_background(target, fill):
+    """(b, c, x, y, z) bool: where a skull-stripped target is above its background, volumes.background_of."""
+    fill = torch.as_tensor(fill, dtype=target.dtype, device=target.device)
+    return target > rearrange(fill, "b c -> b c 1 1 1") + 1e-2
+
+
 @full_precision
 def masked_l1_l2(prediction, target, mask, l1=1.0, l2=1.0):
     """Translation: l1 |error| + l2 error^2, mean over each sample's mask, then samples -> (). Empty mask: 0.

@@ -630,12 +630,12 @@ def fit(path, state, own, label):
     """Choose the tensors of `state` that `own` takes -> (tensors to load, {name: why it was skipped}, names
     inflated).
 
-    Skipped: what has no place in the model, and an output layer of another number of outputs. Inflated:
+    Skipped: parts that the model has not, and an output layer of another number of outputs. Inflated:
     weights of one input channel to k, each 1 / k of them, so that k equal channels give what the one gave.
     All else must fit exactly."""
-    chosen, skipped, inflated = {}, {}, []
+    chosen, skipped, inflated, there = {}, {}, [], {PART.match(name)[0] for name in own}
     for name, tensor in state.items():
-        if name not in own and not name.startswith("encoder."):
+        if name not in own and PART.match(name)[0] not in there:
             skipped[name] = f"not in {label}"
             continue
         shape = own[name].shape if name in own else ()

@@ -43,6 +43,7 @@ class Config(data.Config):
     merge: str = "all"              # patch merging; "legacy" to start from an older public checkpoint
     checkpointing: bool = False     # recompute activations in backward: less memory, more time
     init: str = ""                  # weights to start from, of any kind that model.load_weights knows
+    downsample: str = "legacy"      # how a MONAI-style file of them merges patches, see model.load_weights
     hidden: int = 2048              # width of the tokens' projector; released code
     embedding: int = 512            # output of both heads; released code
     # a training sample
@@ -295,6 +296,8 @@ def check(cfg, ranks):
         (all(s >= c > 0 and s % c == 0 for s, c in zip(cfg.slab, cfg.crop)),
          f"slab = {cfg.slab} is not tiled by crops of {cfg.crop}"),
         (min(cfg.hidden, cfg.embedding) > 0, "hidden and embedding must be above 0"),
+        (min(cfg.weights) >= 0 and any(cfg.weights),
+         f"weights = {cfg.weights}, expected numbers of 0 or more, not all 0"),
         (cfg.tokens in ("body", "inside"), f"tokens = {cfg.tokens!r}, expected 'body' or 'inside'"),
         (cfg.negatives in ("step", "queue", "both"),
          f"negatives = {cfg.negatives!r}, expected 'step', 'queue' or 'both'"),
@@ -377,9 +380,13 @@ def build(cfg, device, new):
     student = Network(cfg).to(device)
     if new and cfg.init:
         try:
-            load_weights(student.swin_unetr if cfg.decoder else student.encoder, cfg.init)
+            load_weights(student.swin_unetr if cfg.decoder else student.encoder, cfg.init, cfg.downsample)
+            then = read_file(cfg.init).get("preprocessing")
         except WeightsError as error:
             raise SystemExit(str(error)) from None
+        lines = run.preprocessing_differences(then, data.preprocessing(cfg))
+        for line in lines if run.processes()[0] == 0 else ():
+            print(f"{cfg.init}: {line} here")
     teacher = copy.deepcopy(student).requires_grad_(False)
     if cfg.compile:
         student.encoder.compile()

@@ -106,6 +106,21 @@ def check_training(cfg, ranks):
          "in_channels, feature_size, window_size, depths and num_heads must be above 0"),
         (0 <= cfg.workers <= 256, f"workers = {cfg.workers}, expected 0 to 256"),
     ])
+    if cfg.warmup >= cfg.steps and processes()[0] == 0:
+        print(f"warmup = {cfg.warmup} of steps = {cfg.steps}: the rate never reaches lr = {cfg.lr:g}, but "
+              f"ends at {lr_at(cfg.steps - 1, cfg):.2g}")
+
+
+def preprocessing_differences(then, now):
+    """A line for each key in which a checkpoint's preprocessing is not that of now, data.preprocessing of a
+    config; labels are no part."""
+    if not isinstance(then, dict):
+        return []
+    now = {key: value for key, value in now.items() if key not in ("labels", "remap")}
+    kinds = [then | own for own in then.get("rules", {}).values()] or [then]        # of several modalities
+    return min(([f"preprocessing differs: {key} was {kind.get(key)!r} in training, is {value!r}"
+                 for key, value in now.items() if json.dumps(kind.get(key)) != json.dumps(value)]
+                for kind in kinds), key=len)
 
 
 def processes():

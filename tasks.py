@@ -8,7 +8,6 @@ import dataclasses
 import fnmatch
 import hashlib
 import itertools
-import json
 from collections.abc import Callable
 
 import numpy as np
@@ -107,22 +106,24 @@ def check(cfg):
          f"names {names}: each must be another, and none 'mean' or 'id', as columns of the tables are"),
         (not unknown, f"regions: id {unknown[:1]} is not in `labels`"),
         (all(cfg.regions.values()), f"regions = {cfg.regions}: expected an id in each"),
-        (cfg.fold < 0 or not cfg.val, f"fold = {cfg.fold} and val = {cfg.val!r}: which of them chooses? Give "
-         "--val='()' for folds, --fold=-1 for the named"),
+        (cfg.datalist or not (cfg.val_section or cfg.test_section),
+         "val_section and test_section are sections of a `datalist`, which is not given"),
+        (not cfg.test_section or not cfg.test, f"test_section = {cfg.test_section!r}, test = {cfg.test!r}: "
+         "which of them is reported? Give --test='()' for the section"),
+        ((cfg.fold >= 0) + bool(cfg.val) + bool(cfg.val_section) < 2, f"fold = {cfg.fold}, val = {cfg.val!r}"
+         f", val_section = {cfg.val_section!r}: which of them chooses? Give --fold=-1, --val='()', .."),
         (not cfg.test_share or cfg.test != "val", f"test_share = {cfg.test_share} and test = 'val': give "
          "--test='()' for a share, --test_share=0 for the cases that choose"),
     ]
-    for fine, text in rules:
-        if not fine:
-            raise SystemExit(text)
+    if wrong := [text for fine, text in rules if not fine]:
+        raise SystemExit(wrong[0])
 
 
 # ------------------------------------------------------------ 2. who trains, who chooses, who is reported
 
 def split_cases(cfg):
-    """{"train": [case], "val": [case], "test": [case]} with a class number under "class" for classification.
-    One line for a subject on two sides, an empty part, a case without what the task needs. test = "val":
-    val."""
+    """{"train": [case], "val": [case], "test": [case]}, with a number under "class" for classification. One
+    line for a subject on two sides, an empty part, a case without what the task needs. test = "val": val."""
     parts = {"train": data.find_cases(cfg)}
     for part, section in (("val", cfg.val_section), ("test", cfg.test_section)):
         if section:
@@ -134,9 +135,9 @@ def split_cases(cfg):
             parts[part] = [case for case in cases if _case_key(case, cfg) in listed]
     everyone = parts["train"]
     if cfg.test and cfg.test != "val":
-        _move(parts, "test", _named(everyone, cfg.test, cfg))
+        _move(parts, "test", _named(everyone, cfg.test, cfg, everyone))
     if cfg.val:
-        _move(parts, "val", _named(parts["train"], cfg.val, cfg))
+        _move(parts, "val", _named(parts["train"], cfg.val, cfg, everyone))
     elif cfg.fold >= 0 and any("fold" in case for case in everyone):
         _move(parts, "val", {case["id"] for case in everyone if case.get("fold") == cfg.fold})
     elif cfg.fold >= 0:
@@ -158,6 +159,20 @@ def split_cases(cfg):
     return parts
 
 
+USED = {"train": "subjects", "val": "chose"}    # where a checkpoint of finetune.py keeps a part's subjects
+
+
+def used_by(then, part, cases, cfg):
+    """Those of `cases` that trained ("train") or chose ("val") the checkpoint `then`: by their files and,
+    where the data set has the name of its own, by their subjects. None of what finetune.py did not write."""
+    if then.get("format") != "s2dc/finetune":
+        return []
+    subjects = then.get(USED[part], ()) if then["config"].get("dataset") == cfg.dataset else ()
+    files = set(then.get("files", {}).get(part, ()))
+    return [case for case in cases if case["subject"] in subjects
+            or any(data.known_as(file, cfg) & files for file in case["images"])]
+
+
 def _move(parts, part, ids):
     parts[part] = [case for case in parts["train"] if case["id"] in ids]
     parts["train"] = [case for case in parts["train"] if case["id"] not in ids]
@@ -174,17 +189,19 @@ def _move_fold(parts, everyone, cfg):
     _move(parts, "val", {case["id"] for case in everyone if case["subject"] in subjects})
 
 
-def _named(cases, which, cfg):
-    """Ids of the cases that `which` names: ids and patterns of ids, or csv files (cases that all name)."""
+def _named(cases, which, cfg, everyone):
+    """Ids of the cases, what is left of everyone, that `which` names: ids and patterns of ids, or csv files
+    (cases that all name)."""
     which = data.several(which)
     if which[0].endswith(".csv"):
         tables = [_table(data.root(cfg) / file, cfg.table_key) for file in which]
         named = {case["id"] for case in cases if all(_case_key(case, cfg) in table for table in tables)}
     else:
-        lost = [name for name in which if not any(fnmatch.fnmatch(case["id"], name) for case in cases)]
-        if lost:
+        if lost := [name for name in which if not fnmatch.filter([case["id"] for case in everyone], name)]:
             raise SystemExit(f"the split names {', '.join(map(repr, lost[:4]))}, no case has such an id; "
-                             f"there are: {', '.join(case['id'] for case in cases[:4])} ..")
+                             f"there are: {', '.join(case['id'] for case in everyone[:4])} ..")
+        if gone := [name for name in which if not fnmatch.filter([case["id"] for case in cases], name)]:
+            raise SystemExit(f"val names {', '.join(map(repr, gone[:4]))}, but test has these cases")
         named = {case["id"] for case in cases if any(fnmatch.fnmatch(case["id"], name) for name in which)}
     if not named:
         example = f"an id here is {cases[0]['id']!r}" if cases else "another part of the split has taken all"
@@ -434,14 +451,8 @@ def _reconstruction_loss(output, truth, cfg):
 
 def _translation_loss(output, truth, cfg):
     """L1 + L2 over the tissue of the target."""
-    mask = above_background(truth["target"], truth["target_fill"])
+    mask = losses.above_background(truth["target"], truth["target_fill"])
     return losses.masked_l1_l2(output, truth["target"], mask)
-
-
-def above_background(target, fill):
-    """(b, c, x, y, z) bool: where a skull-stripped target is more than its background, the least value."""
-    fill = torch.as_tensor(fill, dtype=target.dtype, device=target.device)
-    return target > rearrange(fill, "b c -> b c 1 1 1") + 1e-2
 
 
 def _probabilities(output, cfg):
@@ -545,13 +556,13 @@ def score_image(ready, scan, cfg, extra=()):
 
     Parts: the whole volume; "pasted", the background copied from the target, as the released code scores; the
     "tissue" alone (not SSIM); "input", left as it is; "constant", the tissue's mean for all of it, which is
-    what knowing no place scores. Background: the target's least value."""
+    what knowing no place scores. Background: volumes.background_of."""
     unit, _ = file_unit(scan.case, cfg)
     truth = torch.from_numpy(np.ascontiguousarray(scan.open("target"))).float()
     image = torch.from_numpy(np.ascontiguousarray(scan.open())).float()[:1].expand_as(truth)
-    inside = above_background(truth[None], [scan.record["target_fill"]])[0]
+    inside = losses.above_background(truth[None], [scan.record["target_fill"]])[0]
     if not inside.any():
-        raise SystemExit(f"{scan.case['targets'][0]}: no voxel lies 0.01 above the least once scaled by "
+        raise SystemExit(f"{scan.case['targets'][0]}: no voxel lies 0.01 above air once scaled by "
                          f"intensity = {cfg.intensity!r}, window = {cfg.window}; is it in another unit?")
     reach = cfg.data_range or float(truth.max() - truth.min())
     guesses = {"whole": ready, "pasted": torch.where(inside, ready, truth), "tissue": ready, "input": image,
@@ -673,17 +684,6 @@ def main_score(rows, cfg):
     """The number that chooses a checkpoint: larger is better."""
     grid, metric, part = TASKS[cfg.task].best
     return summarise(rows, cfg)[grid][metric][part]["mean"]
-
-
-def preprocessing_differences(then, cfg):
-    """A line for each key in which a checkpoint's preprocessing is not the config's; labels are no part."""
-    if not isinstance(then, dict):
-        return []
-    now = {key: value for key, value in data.preprocessing(cfg).items() if key not in ("labels", "remap")}
-    kinds = [then | own for own in then.get("rules", {}).values()] or [then]        # of several modalities
-    return min(([f"preprocessing differs: {key} was {kind.get(key)!r} in training, is {value!r}"
-                 for key, value in now.items() if json.dumps(kind.get(key)) != json.dumps(value)]
-                for kind in kinds), key=len)
 
 
 def check_channels(scans, cfg):

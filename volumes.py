@@ -51,6 +51,15 @@ def few_values(voxels, most=32):
     return len(values)
 
 
+def background_of(voxels):
+    """What surrounds the brain of a skull-stripped scan: the most frequent value, if a tenth of the voxels
+    have it and at most a tenth less, for interpolation goes below the air; else the least."""
+    some = voxels.ravel()[::max(1, voxels.size // 1_000_000)]
+    values, counts = np.unique(some, return_counts=True)
+    most = values[counts.argmax()]
+    return float(most if counts.max() >= 0.1 * some.size and (some < most).mean() <= 0.1 else voxels.min())
+
+
 def turned_by_guess(path):
     """Whether a NIfTI says nothing of its axes (sform_code and qform_code 0): x is then taken to run left."""
     path = Path(path)

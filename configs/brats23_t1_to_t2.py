@@ -18,6 +18,7 @@ target = ("ASNR-MICCAI-BraTS2023-GLI-Challenge-TrainingData/BraTS-GLI-{subject}-
           "BraTS-GLI-{subject}-{visit}-t2w.nii.gz")
 intensity = "zscore"
 zscore_over = "volume"          # zeros included; released code
+crop_foreground = False         # .. of the whole file, 240 x 240 x 155, on which scores are taken, too
 foreground = 0.0
 val_share = 0.1                 # of the subjects; ours
 test_share = 0.2                # ours

@@ -32,7 +32,7 @@ class Config(pretrain.Config):
     out: str = ""                   # folder of what is written, default runs/<name>
     probe_random: bool = True       # probe random weights first
     probe_patch: int = 8            # voxels of a patch that is probed or drawn, whatever token_patch was
-    probe_train: float = 0.5        # share of the subjects (the first by id) that train it, the rest test it
+    probe_train: float = 0.5        # share of the subjects, the first as found, that train it, not test it
     probe_share: float = 0.25       # least share of a patch that its organ covers; tiny organs need less
     probe_least: int = 20           # tokens of an organ in either part, or it is left out
     probe_limit: int = 1000         # tokens per class that train it
@@ -59,7 +59,7 @@ def load_encoder(path, cfg, device):
     try:
         content = read_file(path)
         stated = content.get("arguments")
-        for line in tasks.preprocessing_differences(content.get("preprocessing"), cfg):
+        for line in run.preprocessing_differences(content.get("preprocessing"), data.preprocessing(cfg)):
             print(f"  {path}: {line} here")
         if isinstance(stated, dict):
             arguments |= {k: stated[k] for k in arguments if k in stated}
@@ -81,7 +81,9 @@ def encode(encoder, volume, crop, patch, device, overlap=None):
     level, shape = patch.bit_length() - 2, volume.shape[1:]                # the first level has patches of 2
     size = [max(c, -(-n // 32) * 32) for n, c in zip(shape, crop)]
     margins = [m for n, s in zip(shape[::-1], size[::-1]) for m in (0, s - n)]
-    volume = F.pad(volume[None].float(), margins, value=float(volume.min()))
+    volume = volume[None].float()
+    least = reduce(volume, "1 c x y z -> 1 c 1 1 1", "min")             # of each channel, as its padding
+    volume = F.pad(volume - least, margins) + least
     steps = crop if overlap is None else [max(int(c * (1 - overlap)) // patch, 1) * patch for c in crop]
     starts = [sorted({*range(0, s - c + 1, step), s - c}) for s, c, step in zip(size, crop, steps)]
     out = None
@@ -227,6 +229,10 @@ def load_heads(path, cfg, device):
         return None
     keys = {field.name for field in dataclasses.fields(pretrain.Config)}
     its_own = pretrain.Config(**{key: value for key, value in content["config"].items() if key in keys})
+    for key in ("crop", "global_temperature"):
+        if (then := getattr(its_own, key)) != getattr(cfg, key):
+            raise SystemExit(f"{path}: L_g learned with {key} = {then}, found {getattr(cfg, key)}; give it "
+                             "as it was, and `probe_crop` for what the encoder sees at once")
     networks = []
     for part in ("student", "teacher"):
         network = pretrain.Network(its_own)

@@ -475,6 +475,8 @@ def test_a_scan_is_known_again_on_another_machine_and_below_another_root(tmp_pat
     (tmp_path / "link").symlink_to(tmp_path / "here")
     assert seen & data.known_as(tmp_path / "link/set/a.nii.gz", at("link/set"))
     assert not seen & data.known_as(tmp_path / "there/set/a.nii.gz", at("there/set"))
+    (tmp_path / "there/set/a.nii.gz").write_bytes(b"another scan")                  # of a hospital that counts alike
+    assert not seen & data.known_as(tmp_path / "there/set/a.nii.gz", at("there"))
 
 
 def test_fields_make_ids_and_subjects(tmp_path):
@@ -1804,6 +1806,19 @@ def test_voxels_of_no_scan_are_one_unusable_file_among_the_others(tmp_path, fact
     good, reasons = data.fill_cache(data.find_cases(cfg), cfg, lambda *_: None)
     assert [case["id"] for case, *_ in good] == ["a"]
     assert reasons[0].startswith(f"{tmp_path}/b.nii.gz: voxels of ") and "expected 0.01 to 100 mm" in reasons[0]
+
+
+def test_what_surrounds_a_brain_is_its_most_frequent_value():
+    rng = np.random.default_rng(0)
+    x = np.zeros((20, 20, 20), np.float32)
+    x[5:15, 5:18, 5:18] = rng.uniform(100, 800, (10, 13, 13))
+    assert data.volumes.background_of(x) == 0 == data.volumes.background_of(x[5:15, 4:18, 4:18])      # cut to the brain, too
+    x[5, 5, 5] = -400                                               # interpolation went below the air
+    assert data.volumes.background_of(x) == 0
+    noise = rng.normal(50, 9, (20, 20, 20))
+    assert data.volumes.background_of(noise) == noise.min()              # not stripped
+    bright = np.where(rng.uniform(size=noise.shape) < 0.2, 255, noise)
+    assert data.volumes.background_of(bright) == noise.min()             # what is cut off above is no air
 
 
 def test_what_is_doubtful_of_scans_is_said(tmp_path):

@@ -98,6 +98,9 @@ def test_image_sheet_names_its_columns_and_shows_their_scales(monkeypatch):
     assert drawn[1].get_clim() == drawn[2].get_clim() and -low == high > 0
 
 
+NOBODY = run.versions() | dict(subjects=[], chose=[], files={}, cases={}, seen=[])
+
+
 # -------------------------------------------------------------------------- networks that were never trained
 
 def checkpoint_file(path, cfg, seed, subjects=(), chose=(), **other):
@@ -105,7 +108,7 @@ def checkpoint_file(path, cfg, seed, subjects=(), chose=(), **other):
     network = tasks.TASKS[cfg.task].network(cfg)
     for p in network.parameters():                          # untrained outputs hardly differ
         p.data *= 1.5
-    state = finetune.checkpoint(network, cfg, 0, 0.0, list(subjects), run.versions() | {"chose": list(chose), "files": {}})
+    state = finetune.checkpoint(network, cfg, 0, 0.0, NOBODY | {"subjects": list(subjects), "chose": list(chose)})
     save(path, state | dict(config=state["config"] | other))
     return network.eval()
 
@@ -189,8 +192,8 @@ def test_nobody_is_scored_who_trained_the_network(judged, tmp_path):
 def test_those_who_chose_are_named_under_another_split(judged, tmp_path):
     cfg = settings("demo_segmentation", **DEMO)
     network = checkpoint_file(tmp_path / "v.pt", cfg, 0, subjects=["000"])
-    origin = run.versions() | {"chose": ["002", "003"], "files": {}}
-    save(tmp_path / "v.pt", finetune.checkpoint(network, cfg, 0, 0.0, ["000"], origin))
+    origin = NOBODY | {"subjects": ["000"], "chose": ["002", "003"]}
+    save(tmp_path / "v.pt", finetune.checkpoint(network, cfg, 0, 0.0, origin))
     assert "2 test cases (1 of them chose a checkpoint)\n" in judged(checkpoint="v.pt", val="001", test=("002", "004"), sheets=0)
     assert "1 test cases\n" in judged(checkpoint="v.pt", val="001", test="004", sheets=0)
 
@@ -199,10 +202,10 @@ def test_files_that_trained_are_known_under_other_names(judged, abdomens, tmp_pa
     """As where a list of the same data names its subjects otherwise."""
     cfg = dataclasses.replace(settings("demo_segmentation", **DEMO), data=str(abdomens))
     file = lambda k: abdomens / f"demo_ct/train/imagesTr/phantom_{k}.nii.gz"
-    origin = run.versions() | {"chose": ["c"], "files": dict(train=sorted(data.known_as(file("002"), cfg)),
-                                                             val=sorted(data.known_as(file("003"), cfg)))}
+    origin = NOBODY | {"subjects": ["a", "b"], "chose": ["c"], "files": dict(train=sorted(data.known_as(file("002"), cfg)),
+                                                                             val=sorted(data.known_as(file("003"), cfg)))}
     network = checkpoint_file(tmp_path / "o.pt", cfg, 0)
-    save(tmp_path / "o.pt", finetune.checkpoint(network, dataclasses.replace(cfg, dataset="other"), 0, 0.0, ["a", "b"], origin))
+    save(tmp_path / "o.pt", finetune.checkpoint(network, dataclasses.replace(cfg, dataset="other"), 0, 0.0, origin))
     with pytest.raises(SystemExit, match="^o.pt: 1 test subjects trained it: 002; give the split"):
         judged(checkpoint="o.pt", val="001", test=("002", "003"))
     assert "2 test cases (1 of them chose a checkpoint)\n" in judged(checkpoint="o.pt", val="001", test=("003", "004"), sheets=0)
@@ -225,7 +228,9 @@ def test_predictions_never_lie_where_the_images_are(judged, abdomens, tmp_path):
     (tmp_path / "mine/b.nii.gz").write_bytes(before)
     said = judged(checkpoint="a.pt", images="mine", out="else", exclude="a")
     assert "1 of 2 scans are left out by exclude = 'a'" in said and not (tmp_path / "else/a.nii.gz").exists()
-    assert (tmp_path / "else/b.nii.gz").exists()
+    assert (tmp_path / "else/b.nii.gz").exists() and "the predictions hold" not in said
+    said = judged(checkpoint="a.pt", images="mine", out="third", exclude="a", remap={14: 1})
+    assert said.endswith("the predictions hold the ids of `labels`, after remap = {14: 1}\n")
 
 
 def test_one_case_has_no_interval():
@@ -279,7 +284,7 @@ def test_thin_scans_have_no_ssim_and_targets_of_another_unit_or_number_are_one_l
     assert np.isnan(scores["ssim"]["whole"]) and scores["mae"]["whole"] == 0
     cfg = settings("demo_translation", **keys, window=(0.0, 15000.0))
     scan, = data.open_scans(cfg, say=lambda *_: None)
-    with pytest.raises(SystemExit, match="1_b.nii.gz: no voxel lies 0.01 above the least once scaled by intensity = 'scale', window"):
+    with pytest.raises(SystemExit, match="1_b.nii.gz: no voxel lies 0.01 above air once scaled by intensity = 'scale', window"):
         tasks.score_image(ready, scan, cfg)
     cfg = dataclasses.replace(cfg, target=("{id}_b.nii.gz",) * 2)
     scan, = data.open_scans(cfg, say=lambda *_: None)

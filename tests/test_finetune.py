@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -520,7 +521,7 @@ def test_files_that_do_not_fit(refused, small, keys, change, text):
     (dict(labels={1: "a", "2": "b"}), "labels = {1: 'a', '2': 'b'}, regions = {}: expected {id: name}"),
     (dict(regions={"WT": 1}), "labels = {1: 'one'}, regions = {'WT': 1}: expected {id: name}"),
     (dict(val=(), fold=5, folds=5), "fold = 5, expected 0 to 4"),
-    (dict(fold=2), "fold = 2 and val = "), (dict(test="val", test_share=0.3), "test_share = 0.3 and test = 'val': give "),
+    (dict(fold=2), "fold = 2, val = "), (dict(test="val", test_share=0.3), "test_share = 0.3 and test = 'val': give "),
     (dict(regions={"a": ()}), "regions = {'a': ()}: expected an id in each"),
     (dict(classes={0: 0, 1: 1}), "classes = {0: 0, 1: 1}: expected {name: number}, names as texts"),
 ])
@@ -558,7 +559,7 @@ def test_encoder_is_loaded_whole_and_its_preprocessing_compared(tmp_path, capsys
     assert same(network.encoder.state_dict(), encoder.state_dict())
     assert "loaded 126 of 126" in capsys.readouterr().out
     save(path, opened(path) | {"preprocessing": data.preprocessing(settings("demo", data.Config)),
-                               "seen": [hashlib.sha256(b"b/c.nii.gz").hexdigest()[:12]]})
+                               "seen": [hashlib.sha256(b"b/c.nii.gz False").hexdigest()[:12]]})
     finetune.start_from(network, cfg, parts, lines.append)
     assert [line.strip() for line in lines] == [
         f"{path} does not say under which preprocessing it was trained",
@@ -572,6 +573,43 @@ def test_labels_that_name_sides():
     assert finetune.sided(at(["spleen", "R kidney", "left_lung", "portal+splenic v.", "Lesion (right)", "liver"])) == [
         "R kidney", "left_lung", "Lesion (right)"]
     assert finetune.sided(at(["liver", "bright spot", "cleft", "lr"])) == []
+    assert finetune.sided(at(["LeftKidney", "kidneyR", "Leftover", "NCR"])) == ["LeftKidney", "kidneyR"]
+    assert finetune.sided(finetune.Config(classes={"left": 0, "none": 1})) == ["left"]
+    assert finetune.sided(finetune.Config(labels={1: "a", 2: "b"}, regions={"right lung": (1, 2)})) == ["right lung"]
+
+
+def test_what_trained_never_chooses_or_is_reported_later(train, small):
+    """Scans that come between two starts shift the folds; another run may begin with a best.pt."""
+    keys = dict(config="demo_segmentation", val=(), fold=0, folds=2, test="val", eval_every=9, save_every=9)
+    said, run = train(steps=1, **keys)
+    first = opened(run / "best.pt")
+    assert first["subjects"] == ["1", "3"] and first["chose"] == ["0", "2"] and first["cases"] == dict(train=2, val=2)
+    for part in ("img", "lab"):
+        shutil.copy(small / f"s1_{part}.nii.gz", small / f"s9_{part}.nii.gz")
+    said, _ = train(steps=2, **keys)
+    assert "val: not the cases that this run had: 2 then, 3 now, 1 of them new\n" in said and "train: not the" not in said
+    for part in ("img", "lab"):
+        (small / f"s9_{part}.nii.gz").rename(small / f"s0a_{part}.nii.gz")
+    with pytest.raises(SystemExit, match="runs/run/last.pt: 2 of the 3 val cases trained it: 1, 3; give the split, and"):
+        train(steps=3, **keys)
+    assert opened(run / "last.pt")["step"] == 2
+    for part in ("img", "lab"):
+        (small / f"s0a_{part}.nii.gz").unlink()
+    init = dict(init="runs/run/best.pt", steps=1)
+    with pytest.raises(SystemExit, match="runs/run/best.pt: 2 of the 2 val cases trained it: 1, 3; give the split"):
+        train(**keys | init | dict(name="fold1", fold=1))
+    save(run / "best.pt", first | dict(subjects=["1", "3", "77"], seen=["abc"]))
+    _, run = train(**keys | init | dict(name="again"))
+    kept = opened(run / "best.pt")
+    assert (kept["subjects"], kept["chose"], kept["seen"]) == (["1", "3", "77"], ["0", "2"], ["abc"])
+    _, run = train(**keys | init | dict(name="elsewhere", dataset="another"))       # its subjects are others; its files not
+    kept = opened(run / "best.pt")
+    assert kept["subjects"] == ["1", "3"] and set(kept["files"]["train"]) == set(first["files"]["train"])
+
+
+def test_a_rate_that_never_gets_up_is_said(train):
+    assert "warmup = 4 of steps = 2: the rate never reaches lr = 0.01, but ends at 0.005\n" in train(steps=2, warmup=4, lr=0.01)[0]
+    assert "warmup = " not in train(steps=2, warmup=1, lr=0.01, name="other")[0].split("step      ")[1]
 
 
 @pytest.mark.parametrize("keys", [dict(freeze_encoder=True), dict(layer_decay=0.0)])

@@ -297,12 +297,28 @@ def test_crops_are_recognised_among_the_twins_of_one_teacher(spheres, tmp_path):
     terms = [np.log(np.exp(row / cfg.global_temperature).sum()) - row[n] / cfg.global_temperature for n, row in enumerate(sim)]
     assert found["nce"] == pytest.approx(np.mean(terms), abs=1e-4)
     assert probe.load_heads("random", cfg, device) is None
+    for other in (dict(crop=(96, 64, 64)), dict(global_temperature=0.5)):
+        with pytest.raises(SystemExit, match=f"last.pt: L_g learned with {[*other][0]} = .*, found "):
+            probe.load_heads(tmp_path / "last.pt", dataclasses.replace(cfg, **other), device)
     twice = probe.crop_recognition(*probe.load_heads(tmp_path / "last.pt", asked, device), scans,
                                    dataclasses.replace(cfg, probe_draws=2), device, crops=3)
     parts = [sim[:3, :3], sim[3:, 3:]]                      # the same six crops, three and three
     assert twice["top1"] == pytest.approx(np.mean([part.argmax(1) == np.arange(3) for part in parts]))
     terms = [np.log(np.exp(part / cfg.global_temperature).sum(1)) - part.diagonal() / cfg.global_temperature for part in parts]
     assert twice["nce"] == pytest.approx(np.mean(terms), abs=1e-4) and twice["top1_chance"] == pytest.approx(1 / 3)
+
+
+@torch.no_grad()
+def test_channels_are_padded_as_in_training_each_with_its_own_least():
+    volume = torch.stack([torch.full((40, 64, 64), -3.0), torch.rand(40, 64, 64)])
+    seen = []
+
+    def encoder(x):
+        seen.append(x)
+        return [None, None, torch.zeros(1, 1, *[s // 8 for s in x.shape[2:]])]
+    probe.encode(encoder, volume, (64,) * 3, 8, "cpu")
+    (x,), least = seen, volume[1].min()
+    assert (x[0, 0] == -3).all() and (x[0, 1, 40:] == least).all() and torch.allclose(x[0, :, :40], volume, atol=1e-6)
 
 
 def test_crops_are_told_from_other_subjects_and_from_their_own_scan(tmp_path):

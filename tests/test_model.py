@@ -492,6 +492,15 @@ def test_skipped_parts_are_named(monai_states, tmp_path, capsys):
         assert line.count("\n") == 1 and all(word in line for word in words), line
 
 
+def test_a_part_that_has_more_than_the_model_is_refused(monai_states, tmp_path):
+    """MONAI's decoder with norms that learn would be computed without them."""
+    path, state = tmp_path / "w.pt", monai_states[True]
+    torch.save(state | {"decoder5.conv_block.norm1.weight": torch.ones(96)}, path)
+    with pytest.raises(WeightsError, match=r"w.pt: .*norm1.weight is \(96,\) in the file, absent in the model"):
+        load_weights(SwinUNETR(1, 3, feature_size=12, merge="legacy"), path)
+    load_weights(Swin3D(1, feature_size=12, merge="legacy"), path)         # which has no decoder
+
+
 def test_newer_monai_files_need_their_downsample(tmp_path):
     monai, path = monai_net(True, 1, 3, "merging").float(), tmp_path / "w.pt"
     torch.save(monai.state_dict(), path)

@@ -431,6 +431,7 @@ REFUSED = [
     (dict(twin_scale=(0.0, 1.0)), "twin_scale"), (dict(tokens="all"), "tokens = 'all'"), (dict(negatives="none"), "negatives ="),
     (dict(decoder=True, token_patch=32), "found token_patch = 32"), (dict(decoder=True, weights=(1, 0, 0)), "token losses teach it"),
     (dict(negatives="step", batch=1, queue=1), "a batch of one crop has no other"),
+    (dict(weights=(0, 0, 0)), "not all 0"), (dict(weights=(1, -1, 0)), "weights = (1.0, -1.0, 0.0)"),
 ]
 
 
@@ -449,6 +450,15 @@ def test_a_batch_must_divide_among_the_processes(place):
 def test_weights_of_another_network_are_refused_in_one_line(place, ten):
     text = ends(within, place, argv(place, name="unfit", init=ten[0] / "encoder.pt"))
     assert "encoder.pt" in text and "v2 is False in the file, True in the model" in text
+
+
+def test_another_preprocessing_of_the_weights_to_begin_with_is_said(place, ten, capsys):
+    cfg = config(place, init=ten[0] / "encoder.pt", window=(-200.0, 300.0), v2=False)
+    pretrain.build(cfg, torch.device("cpu"), True)
+    said = capsys.readouterr().out
+    assert "encoder.pt: preprocessing differs: window was (-175.0, 250.0) in training, is (-200.0, 300.0) here\n" in said
+    pretrain.build(dataclasses.replace(cfg, window=(-175.0, 250.0)), torch.device("cpu"), True)
+    assert "differs" not in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------------ what it writes

@@ -258,6 +258,13 @@ def test_folds_and_sections_of_a_datalist(split, tmp_path):
     assert ids(parts["train"]) == ["3", "4"] and ids(parts["val"]) == ["0", "1"]
     with pytest.raises(SystemExit, match="2 subjects are in train and in val: 0, 1$"):
         split("btcv", **sections)
+    for keys, text in ((dict(val="3"), "fold = -1, val = '3', val_section = 'validation': which of them chooses"),
+                       (dict(fold=0), "fold = 0, val = (), val_section = 'validation': which of them chooses"),
+                       (dict(test_section="test"), "test_section = 'test', test = 'val': which of them is reported"),
+                       (dict(datalist="", image="{id}.nii.gz"), "sections of a `datalist`, which is not given")):
+        with pytest.raises(SystemExit) as caught:
+            tasks.check(settings("btcv", **sections | keys))
+        assert text in str(caught.value)
 
 
 BTCV = [f"BTCV/Abdomen/RawData/Training/{part}/{part}{n}.nii.gz"
@@ -272,6 +279,7 @@ REST = "val_share = 0.0, test_share = 0.0, fold = -1"
      "1 subjects are in val and in test: PETCT_0005"),
     ("btcv", BTCV, dict(val=("0035", "0099")),
      "the split names '0099', no case has such an id; there are: 0001, 0002, 0035, 0036 .."),
+    ("btcv", BTCV, dict(val=("0035", "0002"), test="0002"), "val names '0002', but test has these cases"),
     ("btcv", BTCV, dict(val="00*"),
      f"no case is left for train; the config gives val = '00*', test = 'val', {REST}"),
     ("btcv", BTCV, dict(val=()), f"no case is left for val; the config gives val = (), test = 'val', {REST}"),
