@@ -4,11 +4,13 @@
     python -m lab.study configs/study_rivals.py
 """
 import dataclasses
+import hashlib
 import inspect
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +23,7 @@ import configs
 import data
 import finetune
 import metrics
+import pretrain
 import run
 import tasks
 from lab import probe
@@ -184,6 +187,37 @@ def decisive(command):
     return [arg for arg in command if not arg.startswith(("--workers=", "--cache=", "--log_every="))]
 
 
+READING = threading.Lock()      # runpy, which reads configs, is not for several threads
+
+
+def digest(command):
+    """Of what a command leaves to files: the keys of its config and of lab.probe's beside it, where they may
+    change a result, and the weights that it starts from."""
+    _, file, *words = command
+    beside = Path(file).with_name(f"{Path(file).stem}_probe.py")
+    with READING:
+        keys = [configs.read(each) for each in (file, beside) if Path(each).is_file()]
+    free = {*pretrain.FREE, *finetune.FREE}
+    kept = [{key: own[key] for key in sorted(own) if key not in free} for own in keys]
+    init = [Path(word.partition("=")[2]) for word in words if word.startswith("--init=")]
+    weights = b"".join(path.read_bytes() for path in init if path.is_file())
+    return hashlib.sha256(repr(kept).encode() + weights).hexdigest()[:16]
+
+
+def refuse_other(folder, part, commands, before, same, changed):
+    """Exit where a part that trains would go on from what another command, config or encoder made."""
+    then = before["commands"][0] if before else ()
+    advice = f"remove it and all {folder.name}-*, or give the study another --name"
+    run.refuse([
+        (not changed, f"{folder}, {part}: {commands[0][1]}, or what --init names, is not what it was then; "
+         f"{advice}"),
+        (not before or same or changed, f"{folder}, {part}: was made by `{' '.join(then)}`, now "
+         f"`{' '.join(commands[0])}`; {advice}"),
+        (before or part == "pretrain" or not Path(f"{folder}-{part}", "last.pt").exists(),
+         f"{folder}-{part}: holds a run that {folder.name} does not know of; {advice}"),
+    ])
+
+
 def run_row(n, row, seed, cfg, asked):
     """Run what is not complete, of the parts asked for (None: all) -> {part: {"value", "minutes", "commands",
     "commit"}} of those in its plan, out of outcome.json, which keeps others of before, whole or broken off.
@@ -192,24 +226,25 @@ def run_row(n, row, seed, cfg, asked):
     folder.mkdir(parents=True, exist_ok=True)
     done, log = folder / "outcome.json", folder / "out.log"
     outcome, commit = json.loads(done.read_text()) if done.exists() else {}, run.versions()["commit"]
-    environment = os.environ | dict(PYTHONPATH=str(Path(__file__).resolve().parents[1]))   # -m anywhere
+    # -m anywhere; evaluate, too, reads where training did
+    environment = os.environ | dict(PYTHONPATH=str(Path(__file__).resolve().parents[1]), S2DC_DATA=cfg.data)
     if gpus:
         environment |= dict(CUDA_VISIBLE_DEVICES=str(n % cfg.jobs % gpus))
     else:
         environment |= dict(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // cfg.jobs)))
     parts = plan(row, seed, cfg)
     for part, commands in parts.items():
-        before = outcome.get(part, {})
+        before, now = outcome.get(part, {}), digest(commands[0])
         same = [*map(decisive, before.get("commands", []))] == [*map(decisive, commands)]
+        changed = same and before.get("digest", now) != now
+        same = same and not changed
         if same and "minutes" in before or asked and part not in asked:
             continue
         if part != "pretrain" and outcome.get("pretrain", {}).get("value") == "diverged":
             break
         if part not in ("rate", "probe"):       # which train: theirs must be no other run under this name
-            if before and not same:
-                raise SystemExit(f"{folder}, {part}: was made by `{' '.join(before['commands'][0])}`, now "
-                                 f"`{' '.join(commands[0])}`; remove it or give the study another --name")
-            outcome[part] = dict(commands=commands)
+            refuse_other(folder, part, commands, before, same, changed)
+            outcome[part] = dict(commands=commands, digest=now)
             run.write_json(done, outcome)
         began, value = time.time(), None
         for command in commands:
@@ -225,7 +260,7 @@ def run_row(n, row, seed, cfg, asked):
                 value = "diverged"
         minutes = (time.time() - began) / 60
         outcome[part] = dict(value=value or number(folder, part, cfg), minutes=minutes, commands=commands,
-                             commit=commit)
+                             commit=commit, digest=now)
         run.write_json(done, outcome)
         print(f"{folder.name}, {part}: {minutes:.1f} min{', ' + value if value else ''}", flush=True)
     return {part: outcome[part] for part in parts if part in outcome}

@@ -3,9 +3,11 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -179,6 +181,53 @@ def test_a_row_may_fine_tune_what_another_row_learned(monkeypatch):
     assert study.probe_table({f"more-{seed}": {"probe": {"value": dict(
         linear=dict(balanced_accuracy=0.5), knn=dict(balanced_accuracy=0.5), silhouette_cosine=[0.1],
         effective_rank=3.0, correspondence=0.2)}} for seed in (2, 3)}, cfg).count("\n") == 2
+
+
+def test_what_other_files_or_another_encoder_made_is_not_reported(tmp_path, monkeypatch):
+    """Nor scored on other scans than it was trained on. The programs are stood in for; their files are there."""
+    (tmp_path / "p.py").write_text("lr = 0.1\n")
+    (tmp_path / "f.py").write_text("steps = 5\n")
+    ran = []
+
+    def program(line, env, **_):
+        module, folder = line[2], tmp_path / "runs/s/a-0"
+        ran.append((module, env["S2DC_DATA"]))
+        tuned = Path(f"{folder}-5")
+        if module == "pretrain":
+            (folder / "encoder.pt").write_bytes(b"learned")
+        elif module == "finetune":
+            tuned.mkdir()
+            (tuned / "last.pt").write_bytes(b"")
+        else:
+            rows = [dict(id="1", scores=dict(preprocessed=dict(dice=dict(mean=0.5))))]
+            (tuned / "results.json").write_text(json.dumps(dict(results=dict(a=dict(rows=rows)))))
+        return mock.Mock(returncode=0)
+
+    monkeypatch.setattr(study.subprocess, "run", program)
+    monkeypatch.setattr(study.run, "versions", lambda: dict(commit="abc"))
+    cfg = study.Config(rows={"a": {}}, seeds=(0,), shots={"a": (5,)}, probes=False, runs=str(tmp_path / "runs"), name="s",
+                       pretrain_config=str(tmp_path / "p.py"), finetune_config=str(tmp_path / "f.py"), data="where")
+
+    def again():
+        ran.clear()
+        study.run_row(0, "a", 0, cfg, None)
+        return [module for module, _ in ran]
+    assert again() == ["pretrain", "finetune", "evaluate"] and {data for _, data in ran} == {"where"}
+    assert again() == []
+    (tmp_path / "p.py").write_text("lr = 0.1\nlog_every = 3        # changes nothing\n")
+    assert again() == []
+    (tmp_path / "p.py").write_text("lr = 0.2\n")
+    with pytest.raises(SystemExit, match="s/a-0, pretrain: .*p.py, or what --init names, is not what it was then; remove it and"):
+        again()
+    (tmp_path / "p.py").write_text("lr = 0.1\n")
+    (tmp_path / "runs/s/a-0/encoder.pt").write_bytes(b"other")
+    with pytest.raises(SystemExit, match="s/a-0, 5: .*f.py, or what --init names, is not what it was"):
+        again()
+    shutil.rmtree(tmp_path / "runs/s/a-0")
+    with pytest.raises(SystemExit, match="s/a-0-5: holds a run that a-0 does not know of; remove it and all a-0-"):
+        again()
+    shutil.rmtree(tmp_path / "runs/s/a-0-5")
+    assert again() == ["finetune", "evaluate"]
 
 
 def test_a_run_that_fails_is_named_at_once_and_stops_only_those_that_need_it(monkeypatch, capsys):
