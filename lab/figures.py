@@ -493,7 +493,8 @@ def draw_correspondence(shown, out):
         partners = [guess[token] for token in i.tolist()]
         numbers[file] = dict(predicted=partners, right=len(right), matched=len(guess))
         rows.append((f"most similar, {heading}: {len(right)} of all {len(guess)} matched patches right "
-                     "(dashed: wrong, by so many mm)", partners, [token in right for token in i.tolist()]))
+                     "(dashed: wrong, by so many mm; dotted: not in this slice)",
+                     partners, [token in right for token in i.tolist()]))
     cuts = [surface(pair["V"][0].numpy(), np.eye(4), z),
             surface(pair["V'"][0].numpy(), np.linalg.inv(pair["H"]), z)]
     wide, deep, _ = scan.shape * scan.spacing                              # mm
@@ -524,8 +525,9 @@ def surface(volume, G, z):
 
 def draw_lines(figure, both, shown, start, end, true, right):
     """Numbered patches in V and V' (axes `both`), lines from `start` to `end`, (n, 3) each. right (n,) bool:
-    the others are dashed, with their distance from the true partner; None: these are the true partners, with
-    the outline to which H moves a patch."""
+    the others are dashed, with their distance from the true partner, their squares dotted where they lie half
+    a patch or more from the slice that is shown; None: these are the true partners, with the outline to which
+    H moves a patch."""
     from matplotlib import patches, patheffects
     p, H, last = shown.patch, shown.pair["H"], shown.scan.shape[0] - 1
     corners = np.array([(-1, -1, 0), (1, -1, 0), (1, 1, 0), (-1, 1, 0)]) * p / 2
@@ -537,9 +539,11 @@ def draw_lines(figure, both, shown, start, end, true, right):
             colour = BRIGHT[n]
         ink = words | dict(color=colour)
         ends = [(last - x, y) for x, y, _ in (a, b)]
-        for axes, (x, y) in zip(both, ends):
+        beside = abs((np.linalg.inv(H) @ [*b, 1])[2] - a[2]) > p / 2        # of the slice, in V
+        for axes, (x, y), edge in zip(both, ends, ("-", ":" if beside else "-")):
             corner = x - p / 2, y - p / 2
-            axes.add_patch(patches.Rectangle(corner, p, p, fill=False, ec=colour, lw=1.4, clip_on=False))
+            axes.add_patch(patches.Rectangle(corner, p, p, fill=False, ec=colour, lw=1.4, ls=edge,
+                                             clip_on=False))
             axes.text(x - 0.4 * p, y + 0.4 * p, n + 1, size=8, weight="bold", **ink)
         figure.add_artist(patches.ConnectionPatch(*ends, "data", "data", axesA=both[0], axesB=both[1],
                                                   color=colour, lw=1.1, ls=dash))

@@ -268,9 +268,15 @@ def test_lines_join_the_centres_of_patches(shown):
     assert [line.xy1 for line in lines] == on(a, b, a) and [line.xy2 for line in lines] == on(b, c, b)
     assert [line.get_linestyle() for line in lines] == ["-", "--", "-"]
     assert [(p.get_x() + P / 2, p.get_y() + P / 2) for p in squares] == on(b, c, b)
+    H = shown.pair["H"]
+    d = shown.centres[np.linalg.norm(shown.centres - (H @ [*b, 1])[:3], axis=1).argmin()]       # where b really goes
+    height = [(np.linalg.inv(H) @ [*end, 1])[2] - start[2] for start, end in ((a, b), (b, c), (a, b), (b, d))]
+    figures.draw_lines(figure, both, shown, [b], [d], [d], [True])
+    dots = [p.get_linestyle() == ":" for p in [*squares, both[1].patches[-1]]]
+    assert dots == [abs(h) > P / 2 for h in height] == [True, True, True, False]
     far = f"{np.linalg.norm((c - b) * SPACING):.0f} mm"
-    assert [text.get_text() for text in both[1].texts] == ["1", "2", far, "1"]
-    corner, outline = shown.pair["H"] @ [*(a + (4, 4, 0)), 1], both[1].patches[-1].get_xy()
+    assert [text.get_text() for text in both[1].texts] == ["1", "2", far, "1", "1"]
+    corner, outline = H @ [*(a + (4, 4, 0)), 1], both[1].patches[-2].get_xy()
     assert any([tuple(point)] == on(corner) for point in outline) and len(outline) == 5
 
 
