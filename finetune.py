@@ -100,16 +100,19 @@ def sided(cfg):
     return [name for name, said in words.items() if {w.lower() for w in said} & {"left", "right", "l", "r"}]
 
 
-def check_split(path, then, parts, cfg, say):
-    """Refuse cases that choose or are reported and trained the checkpoint `then` of `path`, with labels.
-    Where the run itself goes on from it, a line where it has other cases than it had."""
+def check_split(path, then, parts, cfg):
+    """Refuse cases that choose or are reported and trained the checkpoint `then` of `path`, with labels."""
     for part in ("val", "test"):
         if ids := [case["id"] for case in tasks.used_by(then, "train", parts[part], cfg)]:
             raise SystemExit(f"{path}: {len(ids)} of the {len(parts[part])} {part} cases trained it: "
                              f"{', '.join(ids[:4])}; give the split, and the scans, of its training, or "
                              "begin with another file")
-    for part, before in then.get("cases", {}).items() if path != cfg.init else ():
-        now, new = len(parts[part]), len(parts[part]) - len(tasks.used_by(then, part, parts[part], cfg))
+
+
+def tell_other_cases(state, parts, cfg, say):
+    """A line for each part in which a resumed run has other cases than it had."""
+    for part, before in state.get("cases", {}).items():
+        now, new = len(parts[part]), len(parts[part]) - len(tasks.used_by(state, part, parts[part], cfg))
         if new or now != before:
             say(f"{part}: not the cases that this run had: {before} then, {now} now, {new} of them new")
 
@@ -118,27 +121,28 @@ def origin_of(then, parts, cfg):
     """Who was used, as a checkpoint keeps it: the cases of this run, and those of the checkpoint `then` that
     it goes on from or began with ({}: none). {"subjects", "chose": of this data set, "files": {part:
     [data.known_as]}, "cases": {part: number, of this run alone}, "seen": by a pre-training}."""
-    ours = then if then.get("format") == "s2dc/finetune" else {}
-    same, origin = ours.get("config", {}).get("dataset") == cfg.dataset, dict(files={}, seen=[])
-    if str(then.get("format")).startswith("s2dc/"):
-        origin["seen"] = sorted(then.get("seen", ()))
+    ours = then if str(then.get("format")).startswith("s2dc/") else {}
+    same = ours.get("config", {}).get("dataset") == cfg.dataset
+    origin = dict(files={}, cases={}, seen=sorted(ours.get("seen", ())))
     for part, key in tasks.USED.items():
-        now = {case["subject"] for case in parts[part]}
-        origin[key] = sorted(now.union(ours.get(key, ()) if same else ()))
-        now = [data.known_as(file, cfg) for case in parts[part] for file in case["images"]]
-        origin["files"][part] = sorted(set(ours.get("files", {}).get(part, ())).union(*now))
-    return origin | dict(cases={part: len(parts[part]) for part in tasks.USED})
+        subjects = {case["subject"] for case in parts[part]}
+        files = [data.known_as(file, cfg) for case in parts[part] for file in case["images"]]
+        origin[key] = sorted(subjects.union(ours.get(key, ()) if same else ()))
+        origin["files"][part] = sorted(set(ours.get("files", {}).get(part, ())).union(*files))
+        origin["cases"][part] = len(parts[part])
+    return origin
 
 
 def start_from(network, cfg, parts, say):
-    """Load cfg.init; say which cases of val and test it has seen, and how its preprocessing differs."""
+    """Load cfg.init -> its content; say which cases of val and test it has seen, and how its preprocessing
+    differs. Refuses those that trained it."""
     try:
         load_weights(network, cfg.init, cfg.downsample)
         stored = read_file(cfg.init)
         then, seen = stored.get("preprocessing"), set(stored.get("seen", ()))
     except WeightsError as error:
         raise SystemExit(str(error)) from None
-    check_split(cfg.init, stored, parts, cfg, say)
+    check_split(cfg.init, stored, parts, cfg)
     for part in ("val", "test"):
         files = [case["images"] + case["targets"] for case in parts[part]]
         if count := sum(any(data.known_as(file, cfg) & seen for file in each) for each in files):
@@ -146,9 +150,9 @@ def start_from(network, cfg, parts, say):
                 "labels")
     if not isinstance(then, dict):
         say(f"{cfg.init} does not say under which preprocessing it was trained")
-        return
     for line in run.preprocessing_differences(then, data.preprocessing(cfg)):
         say(f"  {line} here")
+    return stored
 
 
 def groups_of(network, cfg):
@@ -200,16 +204,15 @@ def crops_of(scans, cases, cfg):
 
 
 def build(cfg, device, new, parts, say):
-    """Network and optimizer before the first step; a new run may start from cfg.init."""
+    """Network and optimizer before the first step, {} or the content of cfg.init that it starts from."""
     torch.manual_seed(cfg.seed)
     network = tasks.TASKS[cfg.task].network(cfg).to(device)
-    if new and cfg.init:
-        start_from(network, cfg, parts, say)
+    began = start_from(network, cfg, parts, say) if new and cfg.init else {}
     if cfg.freeze_encoder:
         network.encoder.requires_grad_(False)
     if cfg.compile:
         network.compile()
-    return network, torch.optim.AdamW(groups_of(network, cfg), lr=cfg.lr)
+    return network, torch.optim.AdamW(groups_of(network, cfg), lr=cfg.lr), began
 
 
 def restore(state, network, optimizer):
@@ -260,10 +263,10 @@ def main(argv):
         say(f"flip = {cfg.flip} mirrors left and right, but labels name sides ({sided(cfg)[0]!r}): a mirror "
             f"image keeps its name; flip = {(0.0, *cfg.flip[1:])} leaves sides as they are")
     parts, train, val, device = open_scans(cfg, ranks, local, folder, first, say)
-    network, optimizer = build(cfg, device, state is None, parts, say)
-    origin = run.versions()
+    network, optimizer, began = build(cfg, device, state is None, parts, say)
     if state is not None:
-        check_split(folder / "last.pt", state, parts, cfg, say)
+        check_split(folder / "last.pt", state, parts, cfg)
+        tell_other_cases(state, parts, cfg, say)
         restore(state, network, optimizer)
         say(f"resumed from {folder}/last.pt at step {first}")
         best = beyond(folder / "best.pt", first, best, say)
@@ -272,11 +275,12 @@ def main(argv):
     task = tasks.TASKS[cfg.task]
     batches = run.batches(crops_of(train, parts["train"], cfg), cfg, rank, ranks, first, data.collate)
     metric = " ".join(task.best[1:])
+    origin = run.versions()
     say(f"{ranks} x {origin['device']}, {'bfloat16' if bf16 else 'float32'}, "
         f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters, {len(train)} scans train, "
         f"{len(val)} choose; batch {cfg.batch} crops of {cfg.crop}; steps {first} to {cfg.steps}")
     lock = run.start_log(folder, cfg, first, origin) if rank == 0 else None
-    origin |= origin_of(state or (read_file(cfg.init) if cfg.init else {}), parts, cfg)     # not for the log
+    origin |= origin_of(state or began, parts, cfg)                 # not for the log
 
     sums, waited, counted = torch.zeros(2, device=device), 0.0, 0
     began = tick = time.time()

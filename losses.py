@@ -442,7 +442,8 @@ def dice_loss(p, y, smooth):
 
 
 def above_background(target, fill):
-    """(b, c, x, y, z) bool: where a skull-stripped target is above its background, volumes.background_of."""
+    """Tissue of a skull-stripped target: bool, where target (b, c, x, y, z), preprocessed, is more than 0.01
+    above fill (b, c), its background (volumes.background_of)."""
     fill = torch.as_tensor(fill, dtype=target.dtype, device=target.device)
     return target > rearrange(fill, "b c -> b c 1 1 1") + 1e-2
 

@@ -111,7 +111,7 @@ def check(cfg):
         (not cfg.test_section or not cfg.test, f"test_section = {cfg.test_section!r}, test = {cfg.test!r}: "
          "which of them is reported? Give --test='()' for the section"),
         ((cfg.fold >= 0) + bool(cfg.val) + bool(cfg.val_section) < 2, f"fold = {cfg.fold}, val = {cfg.val!r}"
-         f", val_section = {cfg.val_section!r}: which of them chooses? Give --fold=-1, --val='()', .."),
+         f", val_section = {cfg.val_section!r}: which of them chooses? Clear the others"),
         (not cfg.test_share or cfg.test != "val", f"test_share = {cfg.test_share} and test = 'val': give "
          "--test='()' for a share, --test_share=0 for the cases that choose"),
     ]

@@ -81,9 +81,8 @@ def encode(encoder, volume, crop, patch, device, overlap=None):
     level, shape = patch.bit_length() - 2, volume.shape[1:]                # the first level has patches of 2
     size = [max(c, -(-n // 32) * 32) for n, c in zip(shape, crop)]
     margins = [m for n, s in zip(shape[::-1], size[::-1]) for m in (0, s - n)]
-    volume = volume[None].float()
-    least = reduce(volume, "1 c x y z -> 1 c 1 1 1", "min")             # of each channel, as its padding
-    volume = F.pad(volume - least, margins) + least
+    least = reduce(volume.float(), "c x y z -> c", "min").tolist()      # each channel is padded with its own
+    volume = torch.stack([F.pad(v.float(), margins, value=m) for v, m in zip(volume, least)])[None]
     steps = crop if overlap is None else [max(int(c * (1 - overlap)) // patch, 1) * patch for c in crop]
     starts = [sorted({*range(0, s - c + 1, step), s - c}) for s, c, step in zip(size, crop, steps)]
     out = None
@@ -181,7 +180,7 @@ def crop_recognition(student, teacher, scans, cfg, device, crops=64):
 
     returns dict over all queries of cfg.probe_draws draws: top1, nce and their chances among all `crops`, of
     which n scans told apart, and nothing within them, give a top-1 of n / crops; the same of "others", among
-    crops of other subjects, as training has it, and of "within", among crops of the query's own scan whose
+    crops of other subjects alone, and of "within", among crops of the query's own scan whose
     middles lie a quarter of a crop or more away, where no scan can be told. "queries": how many had any.
     """
     slabs, found, places = data.Slabs(scans, cfg, 1, cfg.seed), [], []
@@ -194,8 +193,8 @@ def crop_recognition(student, teacher, scans, cfg, device, crops=64):
         places.append((batch["start"] + batch["crop"])[0])
     queries, keys = (torch.cat(each).cpu() for each in zip(*found))
     n = torch.arange(len(queries))
-    names = [[scan.subject for scan in scans].index(scan.subject) for scan in scans]
-    scan, subject, place = n % len(scans), torch.tensor(names)[n % len(scans)], torch.stack(places)
+    scan, place = n % len(scans), torch.stack(places)
+    subject = torch.tensor([data.subject_number(each.subject) for each in scans])[scan]
     drawn = _pairs(n // crops) & ~torch.eye(len(n), dtype=torch.bool)
     away = ((rearrange(place, "n a -> n 1 a") - place).abs() >= torch.tensor(cfg.crop) / 4).any(2)
     measured = {}
@@ -223,7 +222,8 @@ def recognised(found):
 
 
 def load_heads(path, cfg, device):
-    """Student and teacher of a last.pt, each crop -> embedding of L_g; None of a file without projectors."""
+    """Student and teacher of a last.pt, each crop -> embedding of L_g; None of a file without projectors.
+    Exits where L_g learned from other crops, or at another temperature, than cfg has."""
     content = {} if path == "random" else read_file(path)
     if content.get("format") != "s2dc/pretrain":
         return None

@@ -191,31 +191,27 @@ READING = threading.Lock()      # runpy, which reads configs, is not for several
 
 
 def digest(command):
-    """Of what a command leaves to files: the keys of its config and of lab.probe's beside it, where they may
-    change a result, and the weights that it starts from."""
+    """Of what a command leaves to files: the keys of its config and of lab.probe's beside it, but those that
+    no stage depends on, and the weights that it starts from."""
     _, file, *words = command
     beside = Path(file).with_name(f"{Path(file).stem}_probe.py")
     with READING:
         keys = [configs.read(each) for each in (file, beside) if Path(each).is_file()]
-    free = {*pretrain.FREE, *finetune.FREE}
+    free = {*pretrain.FREE} & {*finetune.FREE}          # labels change scores, overlap predictions
     kept = [{key: own[key] for key in sorted(own) if key not in free} for own in keys]
     init = [Path(word.partition("=")[2]) for word in words if word.startswith("--init=")]
     weights = b"".join(path.read_bytes() for path in init if path.is_file())
     return hashlib.sha256(repr(kept).encode() + weights).hexdigest()[:16]
 
 
-def refuse_other(folder, part, commands, before, same, changed):
-    """Exit where a part that trains would go on from what another command, config or encoder made."""
-    then = before["commands"][0] if before else ()
-    advice = f"remove it and all {folder.name}-*, or give the study another --name"
-    run.refuse([
-        (not changed, f"{folder}, {part}: {commands[0][1]}, or what --init names, is not what it was then; "
-         f"{advice}"),
-        (not before or same or changed, f"{folder}, {part}: was made by `{' '.join(then)}`, now "
-         f"`{' '.join(commands[0])}`; {advice}"),
-        (before or part == "pretrain" or not Path(f"{folder}-{part}", "last.pt").exists(),
-         f"{folder}-{part}: holds a run that {folder.name} does not know of; {advice}"),
-    ])
+def other_than(before, commands, now):
+    """How a part that was made before differs from what these commands, of digest `now`, make, or ""."""
+    then = before["commands"]
+    if [*map(decisive, then)] != [*map(decisive, commands)]:
+        return f"was made by `{' '.join(then[0])}`, now `{' '.join(commands[0])}`"
+    if before.get("digest", now) != now:
+        return f"{commands[0][1]}, or what --init names, is not what it was then"
+    return ""
 
 
 def run_row(n, row, seed, cfg, asked):
@@ -235,15 +231,17 @@ def run_row(n, row, seed, cfg, asked):
     parts = plan(row, seed, cfg)
     for part, commands in parts.items():
         before, now = outcome.get(part, {}), digest(commands[0])
-        same = [*map(decisive, before.get("commands", []))] == [*map(decisive, commands)]
-        changed = same and before.get("digest", now) != now
-        same = same and not changed
-        if same and "minutes" in before or asked and part not in asked:
+        other = before and other_than(before, commands, now)
+        if "minutes" in before and not other or asked and part not in asked:
             continue
         if part != "pretrain" and outcome.get("pretrain", {}).get("value") == "diverged":
             break
         if part not in ("rate", "probe"):       # which train: theirs must be no other run under this name
-            refuse_other(folder, part, commands, before, same, changed)
+            advice = f"remove it and all {folder.name}-*, or give the study another --name"
+            if other:
+                raise SystemExit(f"{folder}, {part}: {other}; {advice}")
+            if not before and part != "pretrain" and Path(f"{folder}-{part}", "last.pt").exists():
+                raise SystemExit(f"{folder}-{part}: a run that {folder.name} does not know of; {advice}")
             outcome[part] = dict(commands=commands, digest=now)
             run.write_json(done, outcome)
         began, value = time.time(), None

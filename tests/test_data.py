@@ -1828,6 +1828,7 @@ def test_what_is_doubtful_of_scans_is_said(tmp_path):
     values = dict(ct=3000 * smooth - 1000, pet=20 * smooth, mask=np.round(3 * smooth), mri=2000 * smooth)
     blocks = np.kron(np.arange(1, 65).reshape(4, 4, 4), np.ones((6, 6, 6)))         # 64 organs, and air
     values |= dict(organs=np.where(smooth > 0.4, blocks, 0), bits=np.round(255 * smooth))
+    values["cut"] = np.round(255 * np.clip(20 * smooth - 9.5, 0, 1))         # a narrow window: most is one of its ends
     for name, voxels in values.items():
         nifti(tmp_path / f"{name}.nii.gz", voxels.astype(np.float32))
     lost = nib.Nifti1Image(values["ct"].astype(np.float32), None)
@@ -1846,7 +1847,7 @@ def test_what_is_doubtful_of_scans_is_said(tmp_path):
     assert said("pet", intensity="scale", window=(0.0, 100.0)) == []
     assert said("mask", intensity="zscore", zscore_over="volume")[0].startswith("few values, all whole, as of label maps")
     assert said("organs", intensity="zscore", zscore_over="volume")[0].startswith("few values, all whole, as of label maps")
-    assert said("bits", intensity="scale", window=(0.0, 255.0)) == []
+    assert said("bits", intensity="scale", window=(0.0, 255.0)) == said("cut", intensity="scale", window=(0.0, 255.0)) == []
     assert said("mri", intensity="zscore", foreground=-500.0)[0].startswith("all voxels are above `foreground` and count")
     assert said("ct", intensity="zscore", foreground=-500.0) == []
     for name, channel in (("ct", "a"), ("pet", "b")):               # a target in another unit than the image

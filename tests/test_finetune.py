@@ -609,7 +609,7 @@ def test_what_trained_never_chooses_or_is_reported_later(train, small):
 
 def test_a_rate_that_never_gets_up_is_said(train):
     assert "warmup = 4 of steps = 2: the rate never reaches lr = 0.01, but ends at 0.005\n" in train(steps=2, warmup=4, lr=0.01)[0]
-    assert "warmup = " not in train(steps=2, warmup=1, lr=0.01, name="other")[0].split("step      ")[1]
+    assert "never reaches" not in train(steps=2, warmup=1, lr=0.01, name="other")[0]
 
 
 @pytest.mark.parametrize("keys", [dict(freeze_encoder=True), dict(layer_decay=0.0)])

@@ -216,6 +216,10 @@ def test_what_other_files_or_another_encoder_made_is_not_reported(tmp_path, monk
     assert again() == []
     (tmp_path / "p.py").write_text("lr = 0.1\nlog_every = 3        # changes nothing\n")
     assert again() == []
+    (tmp_path / "f.py").write_text("steps = 5\nlabels = {1: 'a', 2: 'b'}\n")      # of which pre-training is free
+    with pytest.raises(SystemExit, match="s/a-0, 5: .*f.py, or what --init names, is not what it was"):
+        again()
+    (tmp_path / "f.py").write_text("steps = 5\n")
     (tmp_path / "p.py").write_text("lr = 0.2\n")
     with pytest.raises(SystemExit, match="s/a-0, pretrain: .*p.py, or what --init names, is not what it was then; remove it and"):
         again()
@@ -224,7 +228,7 @@ def test_what_other_files_or_another_encoder_made_is_not_reported(tmp_path, monk
     with pytest.raises(SystemExit, match="s/a-0, 5: .*f.py, or what --init names, is not what it was"):
         again()
     shutil.rmtree(tmp_path / "runs/s/a-0")
-    with pytest.raises(SystemExit, match="s/a-0-5: holds a run that a-0 does not know of; remove it and all a-0-"):
+    with pytest.raises(SystemExit, match="s/a-0-5: a run that a-0 does not know of; remove it and all a-0-"):
         again()
     shutil.rmtree(tmp_path / "runs/s/a-0-5")
     assert again() == ["finetune", "evaluate"]
