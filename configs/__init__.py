@@ -34,7 +34,12 @@ def load(Config, argv):
     if "--help" in argv or "-h" in argv:
         print(explained(Config))
         raise SystemExit
-    for file in [arg for arg in argv if not arg.startswith("--")]:
+    for before, file in zip([""] + argv, argv):
+        if file.startswith("--"):
+            continue
+        key = before.removeprefix("--")
+        if before.startswith("--") and "=" not in before and not (key in fields and fields[key].type is bool):
+            raise SystemExit(f"{before} {file}: write overrides as {before}={file}")
         for key, value in read(file).items():
             if key not in fields and key in declared():
                 elsewhere.append(key)
@@ -120,8 +125,8 @@ def explained(Config):
 def checked(fields, key, value, where):
     """The value of a key as its default has it (a list as a tuple, 1 as 1.0), or a line on what is due."""
     if key not in fields:
-        near = difflib.get_close_matches(key, fields, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
+        near = difflib.get_close_matches(key, fields, 3) + ["steps"] * (key == "epochs")
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(fields)}"
         raise SystemExit(f"{where}: unknown config key {key!r}; {hint}")
     want, default = fields[key].type, fields[key].default
     if default is dataclasses.MISSING:
