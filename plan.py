@@ -36,7 +36,7 @@ class Config:
 def main(argv):
     cfg = configs.load(Config, argv)
     patterns, root = rooted(cfg)
-    out = Path(cfg.out or f"configs/{plain_name(patterns[0])}.py")
+    out = Path(cfg.out or f"configs/{plain_name(patterns[0], root)}.py")
     if out.exists():
         raise SystemExit(f"{out}: there is such a config already; give --out=another.py")
     cases = data.find_cases(data.Config(data=str(root), scans=patterns, exclude=cfg.exclude))
@@ -92,11 +92,12 @@ def endings(pattern, folder):
     return [f"{glob.escape(pattern)}/{end}" for end in within]
 
 
-def plain_name(pattern):
-    """A name for the config from the folders of a pattern."""
+def plain_name(pattern, root):
+    """A name for the config from the folders of a pattern, or of its root."""
     parts = [part for part in Path(pattern).parts[:-1] if not re.search(r"[*?\[{]", part)]
     own = [part for part in parts if not part.startswith(("images", "labels"))]     # folders of any data set
-    return re.sub(r"\W+", "_", (own or parts or ["my_scans"])[0].lower())
+    above = [root.name] * bool(root.name and root.name != "data")
+    return re.sub(r"\W+", "_", [*own[:1], *above, *parts, "my_scans"][0].lower())
 
 
 def looked_at(cases):
@@ -127,11 +128,11 @@ def drawn(headers, look, broken):
 
 
 def described(path):
-    """What the voxels of one scan say: few_values of a label map, least, largest, tail (99.9th over 90th
-    percentile of its tissue), and box, the share along x y z that its tissue takes."""
+    """What the voxels of one scan say: few_values of a label map, least, largest, bright (99.9th percentile),
+    tail (that of its tissue over the 90th), and box, the share along x y z that its tissue takes."""
     voxels, _, _ = data.read_volume(path)
     few = voxels[::2, ::2, ::2]
-    low, high = np.percentile(few, [2, 98])
+    low, high, bright = np.percentile(few, [2, 98, 99.9])
     threshold = low + 0.1 * (high - low)
     tissue = few[few > threshold] if few.max() > threshold else voxels
     most, nearly = np.percentile(tissue, [99.9, 90])
@@ -140,7 +141,7 @@ def described(path):
     box = [(np.ptp(places) + 1) / n if len(places) else 1.0 for places, n in zip(along, voxels.shape)]
     tail = float(most / max(nearly, 1e-6))
     return dict(path=str(path), few_values=volumes.few_values(voxels), least=float(few.min()),
-                largest=float(few.max()), tail=tail, box=box)
+                largest=float(few.max()), bright=float(bright), tail=tail, box=box)
 
 
 def refuse_mixtures(samples):
@@ -164,14 +165,15 @@ def modality_of(samples):
     least, largest, tail = (float(np.median([s[key] for s in samples])) for key in keys)
     values = f"values from {least:.4g} to {largest:.4g}"
     if least <= -500:
-        return "CT", f"{values}: Hounsfield units", "PET in Bq/ml with noise below 0?" * (largest > 32767)
+        strange = "PET in Bq/ml with noise below 0?" * (largest > 5000) or "phases of MRI?" * (least < -3500)
+        return "CT", f"{values}: Hounsfield units", strange
     # noise and interpolation push MRI and PET a little below 0, z-scores lie within some tens
     if least < -20 and least < -0.02 * largest and largest > 100:
         return "CT", values, "CT cut off below? Of MRI or PET, intensity and foreground would be wrong"
     unsure = [f"PET or MRI: the tail of {tail:.1f} is near the border of 2.2"] if 1.7 < tail < 2.8 else []
     if least < 0:
         unsure.append("values below 0 that are no CT's; scaled already? Then `foreground` cuts tissue away")
-    if least >= 0 and 2000 <= largest <= 4096:
+    if least >= 0 and 2000 <= largest <= 5000:
         unsure.append("CT that is stored without its offset has such values, too")
     kinds = [modality_of([s])[0] for s in samples] if len(samples) > 1 else []
     if len(set(kinds)) > 1:
@@ -195,8 +197,8 @@ def sizes(boxes):
     return tuple(slab.tolist()), tuple(crop.tolist()), share
 
 
-def intensity_of(modality, largest):
-    """Lines of the config on what a value means."""
+def intensity_of(modality, bright):
+    """Lines of the config on what a value means; bright: what but a thousandth of the voxels lie below."""
     if modality == "CT":
         return ['intensity = "window"            # CT has an absolute unit',
                 "window = (-1000.0, 1000.0)      # HU; for soft tissue alone (-175.0, 250.0)",
@@ -205,9 +207,11 @@ def intensity_of(modality, largest):
         return ['intensity = "zscore"            # MRI has no unit',
                 'zscore_over = "robust"          # of the foreground, without its extremes',
                 "foreground = 0.0                # what lies at 0 or below is cut away and not counted"]
-    unit, high = ("SUV", 5.0) if largest < 100 else ("Bq/ml", float(f"{largest / 4:.1g}"))
-    return [f'intensity = "scale"             # keeps the unit, clips nothing; {unit}, by the largest value',
-            f"window = (0.0, {high})            # what becomes 0 and 1", "foreground = 0.0"]
+    unit, high = ("SUV", 5.0) if bright < 100 else ("Bq/ml", float(f"{bright:.1g}"))
+    said = "the 99.9th percentile" if unit == "Bq/ml" else f"of which {bright:.3g} is the 99.9th percentile"
+    doubt = [f"# UNSURE: {bright:.3g} is little for Bq/ml, much for SUV"] if 30 < bright < 1000 else []
+    return [*doubt, 'intensity = "scale"             # keeps the unit and clips nothing',
+            f"window = (0.0, {high})            # what becomes 0 and 1; {unit}, {said}", "foreground = 0.0"]
 
 
 SMALL = """\
@@ -247,7 +251,7 @@ def written(out, root, patterns, headers, samples):
              f"    python pretrain.py {out}", '"""', f"# {modality}: {why}",
              *([f"# UNSURE: {unsure}"] if unsure else []), f"name = {name!r}", f"dataset = {name!r}",
              f"data = {str(root)!r}", f"scans = {patterns!r}",
-             *intensity_of(modality, float(np.median([s["largest"] for s in samples]))),
+             *intensity_of(modality, float(np.median([s["bright"] for s in samples]))),
              f"# mm along x y z: {shown}", f"spacing = {spacing}     # {reason}",
              f"# the median body is {size} voxels; bodies fill {share:.0%} of the slab",
              *(["# UNSURE: that is little, the rest is padding"] if share < 0.5 else []),

@@ -146,6 +146,13 @@ def test_the_next_line_says_where_the_data_are_if_the_environment_says_otherwise
     assert f"python pretrain.py {tmp_path}/x.py" in (tmp_path / "x.py").read_text()
 
 
+@pytest.mark.parametrize("pattern, root, name", [
+    ("site_a/images/*.nii.gz", "/where/all", "site_a"), ("images/*.nii.gz", "/where/site_a", "site_a"),
+    ("*.nii.gz", "/where/My CTs", "my_cts"), ("imagesTr/*.nii.gz", "data", "imagestr"), ("*.nii.gz", "data", "my_scans")])
+def test_a_plan_is_named_after_the_folder_that_tells_a_data_set(pattern, root, name):
+    assert plan.plain_name(pattern, Path(root)) == name
+
+
 def test_boxes_decide_slab_and_crop():
     assert plan.sizes(np.array([[400, 390, 100]] * 3)) == ((384, 384, 96), (96, 96, 96), 1.0)
     assert plan.sizes(np.array([[70, 66, 64], [64, 64, 32]])) == ((64, 64, 64), (64, 64, 64), 0.75)
@@ -182,6 +189,24 @@ def test_the_command_writes_a_config_and_times_a_step_of_it(tmp_path):
     assert "written: mine.py" in done.stdout and " GB on this machine" in done.stdout.splitlines()[-1]
 
 
+@pytest.mark.parametrize("bright, unit, window, unsure", [
+    (6.0, "SUV", 5.0, False), (6.0 * 16000, "Bq/ml", 1e5, False), (45.0, "SUV", 5.0, True), (400.0, "Bq/ml", 400.0, True)])
+def test_the_window_of_pet_follows_from_all_but_its_hottest_voxels(bright, unit, window, unsure):
+    lines = plan.intensity_of("PET", bright)
+    assert f"window = (0.0, {window})" in lines[-2] and f"1; {unit}, " in lines[-2] and lines[0].startswith("# UNSURE") == unsure
+
+
+def test_a_hotter_bladder_does_not_widen_the_window(tmp_path):
+    import nibabel as nib
+    smooth = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(60, 60, 60)), 4)
+    tissue = 8 * np.maximum(smooth - smooth.mean(), 0) / smooth.max()
+    for name, hottest in (("a", 20.0), ("b", 300.0)):
+        tissue[30:33, 30:33, 30:33] = hottest
+        nib.save(nib.Nifti1Image(tissue.astype(np.float32), np.eye(4)), tmp_path / f"{name}.nii.gz")
+    found = [plan.described(tmp_path / f"{name}.nii.gz") for name in "ab"]
+    assert found[0]["bright"] == found[1]["bright"] < 9 and found[1]["largest"] == 300
+
+
 @pytest.mark.skipif(not REAL, reason="S2DC_REAL_DATA is not set")
 @pytest.mark.parametrize("folder, sign", [("ct", "# CT: "), ("mri", "# MRI: "), ("pet", "# PET: ")])
 def test_real_scans(tmp_path, folder, sign):
@@ -199,7 +224,8 @@ def test_real_sarcomas(tmp_path, kind, sign):
 @pytest.mark.parametrize("least, largest, tail, modality, words", [
     (-1024, 3071, 1.5, "CT", ""), (-200, 300, 1.5, "CT", "CT cut off below"), (0, 900, 1.4, "MRI", ""),
     (-3, 1200, 1.4, "MRI", "values below 0"), (-0.02, 8, 4.0, "PET", "values below 0"), (-2.5, 8, 1.5, "MRI", "values below 0"),
-    (0, 4095, 1.4, "MRI", "without its offset"), (0, 20, 2.4, "PET", "near the border")])
+    (0, 4095, 1.4, "MRI", "without its offset"), (0, 4235, 1.4, "MRI", "without its offset"),
+    (-959, 20000, 1.4, "CT", "PET in Bq/ml"), (-4096, 4095, 1.4, "CT", "phases"), (0, 20, 2.4, "PET", "near the border")])
 def test_guesses_and_their_doubts(least, largest, tail, modality, words):
     found, said, unsure = plan.modality_of([dict(least=least, largest=largest, tail=tail)])
     assert found == modality and words in unsure and bool(words) == bool(unsure)
