@@ -41,6 +41,8 @@ FILES = {"ct": "CT", "t1": "MR_T1", "pet": "PET"}       # modality: how the sour
 PARTS = {"test": "001 004 008 012 018 024 026 031 034 036 042 044 048 050".split(),
          "val": "003 022 041".split(),
          "reserved": "005 014 017 019 028 033 040 043 045 046".split()}         # in no list; all others train
+# Scans of training patients that the source has and the tables of RESULTS.md were measured without
+LEFT_OUT = {"ct": "007 009 011 013 016 020 021 027 030 037 039 049".split(), "t1": ["009", "020"], "pet": []}
 RIM = 50.0                      # mm around the tumour in the source
 Scan = namedtuple("Scan", "voxels mask affine")  # (x, y, z) float32 as stored; bool; (4, 4) to mm RAS
 
@@ -69,9 +71,10 @@ def read_scan(image, label):
     return Scan(voxels, mask > 0, affine)
 
 
-def read_all(folder):
-    """{number: {modality: Scan}} without the reserved. A training patient may have no image and no mask of a
-    modality; anything else that is missing or unusable ends the program, with a line each."""
+def read_all(folder, everything=False):
+    """{number: {modality: Scan}} without the reserved and LEFT_OUT, or with it. A training patient may have
+    no image and no mask of a modality; anything else that is missing or unusable ends the program, with a
+    line each."""
     there = {path.name[4:] for path in folder.iterdir() if re.fullmatch(r"STS_\d{3}", path.name)}
     patients, wrong = {}, []
     for number in sorted((there | {*PARTS["test"], *PARTS["val"]}) - {*PARTS["reserved"]}):
@@ -79,6 +82,8 @@ def read_all(folder):
         for modality, name in FILES.items():
             pair = [folder / f"STS_{number}" / f"{name}_{kind}.nii.gz" for kind in ("image", "mask")]
             if part(number) == "train" and not any(path.exists() for path in pair):
+                continue
+            if number in LEFT_OUT[modality] and not everything:
                 continue
             try:
                 patients[number][modality] = read_scan(*pair)
@@ -343,6 +348,8 @@ def write_lists(patients, pairs, out):
     write_json(out / "split.json", names | {"margins_mm": {f"sts_{n}": margins(n) for n in patients}})
     write_json(out / "pairs.json", {f"sts_{n}": pair for n, pair in pairs.items()})
     print("test:", *PARTS["test"], "\nval:", *PARTS["val"], "\nreserved, nowhere used:", *PARTS["reserved"])
+    lack = {m: [n for n in LEFT_OUT[m] if m not in patients.get(n, ())] for m in ("ct", "t1")}
+    print("not in RESULTS.md's tables, left out:", ", ".join(f"{m} of {' '.join(lack[m])}" for m in lack))
     print("multi, left out for a missing modality:", *[n for n in patients if len(patients[n]) < len(FILES)])
     fits = {n: pair["t1_ct"] for n, pair in pairs.items() if "t1_ct" in pair}
     print("t1_ct:", *[n for n in fits if fits[n]["fits"]])
@@ -356,8 +363,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Prepare the sarcomas of theibsi/data_sets as a benchmark.")
     parser.add_argument("source", help="clone of github.com/theibsi/data_sets, or its ibsi_validation")
     parser.add_argument("out", type=Path, help="folder to write; configs/sarcoma_*.py read data/sarcoma")
+    parser.add_argument("--all", action="store_true", help="with the training scans that the tables of "
+                        "RESULTS.md lack, too; studies then need another `labelled`")
     args = parser.parse_args(argv)
-    patients = read_all(source_folder(args.source))
+    patients = read_all(source_folder(args.source), args.all)
     written, pairs = set(), {}
     for number, scans in patients.items():
         files, pairs[number] = write_patient(number, scans, args.out)
