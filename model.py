@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 MERGING = (0, 4, 2, 1, 6, 5, 3, 7)       # MONAI's "merging" since January 2025; its "mergingv2" is ours
 LEGACY = (0, 4, 2, 1, 5, 2, 1, 7)        # MONAI's "merging" before: 010 and 001 twice, 110 and 011 never
 
+AT_A_TIME = 2 ** 27     # numbers of an attention bias' gradient, window by window: 0.27 GB in bfloat16
 doubling = functools.partial(nn.ConvTranspose3d, kernel_size=2, stride=2, bias=False)
 for operation in (rearrange, reduce):
     torch.compiler.allow_in_graph(operation)    # else torch.compile is busy tracing einops' own Python
@@ -80,8 +81,7 @@ def attend(qkv, bias, cuts, shut=None, axis=0):
 
     cuts: for x, y, z None, or (n, n) bool: the pairs that are neighbours only because the volume was rolled
     along that axis. They meet in the last window of the axis alone. So there are at most eight kinds of
-    window, each with one bias for all its windows, and a mask of (windows, n, n), larger than all
-    activations, is never held."""
+    window, each with one bias for all its windows, and no mask of (windows, n, n) is held."""
     if axis == 3:
         grid = dict(zip(("b", "x", "y", "z"), qkv.shape[1:]))
         if shut is not None:
@@ -90,8 +90,11 @@ def attend(qkv, bias, cuts, shut=None, axis=0):
         if q.device.type == "cpu" and torch.is_grad_enabled():
             # No fused kernel takes a bias that wants a gradient; add_: new memory is what costs.
             x = (q * q.shape[-1] ** -0.5 @ k.mT).add_(bias.to(q.dtype)).softmax(-1) @ v
-        else:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        else:   # training: some at a time, for the kernel makes the bias' gradient of every window
+            some = max(1, AT_A_TIME // bias.numel() if torch.is_grad_enabled() else len(q))
+            x = [F.scaled_dot_product_attention(*part, attn_mask=bias.to(q.dtype))
+                 for part in zip(q.split(some), k.split(some), v.split(some))]
+            x = x[0] if len(x) == 1 else torch.cat(x)
         return rearrange(x, "(b x y z) h n d -> b x y z h n d", **grid)
     if cuts[axis] is None:
         return attend(qkv, bias, cuts, shut, axis + 1)
@@ -478,8 +481,7 @@ def to_monai(state_dict, downsample="merging"):
 
 
 def from_monai(state_dict, downsample="merging"):
-    """state_dict of MONAI's SwinUNETR, or of its swinViT -> that of our SwinUNETR, or of our Swin3D; undoes
-    `to_monai`.
+    """state_dict of MONAI's SwinUNETR, or its swinViT -> of our SwinUNETR, or Swin3D; undoes `to_monai`.
 
     downsample: as MONAI's network was built (mind its version), see `to_monai`. Raises ValueError for a name
     that is not in MONAI's network, and for a relative_position_index that counts the tokens of a window in
@@ -608,8 +610,7 @@ def encoder_arguments(path, state, others):
 
 
 def check_arguments(path, theirs, model, stated):
-    """Refuse an encoder built in another way, in one line that says all differences. stated: the file names
-    its merging."""
+    """Refuse an encoder built in another way, naming all differences. stated: the file says how it merges."""
     keys = [key for key in model if key not in ("in_channels", "out_channels", "checkpointing")]
     theirs = {key: tuple(value) if isinstance(value, list) else value for key, value in theirs.items()}
     wrong = [key for key in keys if theirs.get(key) != model[key]]
@@ -671,10 +672,9 @@ def load_weights(model, path, downsample="legacy"):
     loads whole if the file has it, else stays as initialised. See `fit` for what is skipped or inflated.
     Returns and prints the report: file, loaded + skipped = total (tensors in the file), reasons {part of the
     file: why skipped}, initial {part of the model: tensors left as initialised}, inflated (names)."""
-    content = read_file(path)
+    content, label = read_file(path), type(model).__name__
     ours, prefix = "format" in content, "encoder." if isinstance(model, Swin3D) else ""
     wanted = (model if isinstance(model, (Swin3D, UNETR)) else model.encoder).arguments
-    label = type(model).__name__
     read = read_ours if ours else functools.partial(read_public, downsample=downsample)
     state, arguments, others, compared = read(path, content)
     vit = ours and "width" in arguments

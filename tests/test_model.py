@@ -1,4 +1,5 @@
 """model.py against MONAI in float64, itself where an identity must hold, and files of every kind."""
+import itertools
 import os
 import re
 
@@ -683,3 +684,25 @@ def test_one_flipped_bit_is_refused(tmp_path):
         damaged[place] ^= 64
         path.write_bytes(damaged)
         assert_refused(path, net, "the file is damaged, the checksum of .* does not fit$")
+
+
+@pytest.mark.parametrize("at_a_time, calls", [(2 ** 27, 1), (8 * 8 * 3 * 5, 3), (1, 12)])
+def test_windows_some_at_a_time_are_the_same_with_the_same_gradients(monkeypatch, at_a_time, calls):
+    """As a GPU trains: 12 windows of 8 tokens, 3 heads; against the written-out form of a CPU."""
+    torch.manual_seed(0)
+    qkv, bias = torch.randn(3, 2, 3, 2, 1, 3, 8, 4, dtype=torch.float64), torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    found = []
+    for size in (None, at_a_time):
+        parts, leaves = [], [tensor.clone().requires_grad_() for tensor in (qkv, bias)]
+        with monkeypatch.context() as patch:
+            if size:
+                kernel, answers = model_file.F.scaled_dot_product_attention, itertools.cycle([False, True])
+                patch.setattr(model_file, "AT_A_TIME", size)
+                patch.setattr(model_file.F, "scaled_dot_product_attention", lambda *q, **kw: parts.append(1) or kernel(*q, **kw))
+                patch.setattr(torch, "is_grad_enabled", lambda: next(answers))     # no CPU, but training
+            out = model_file.attend(*leaves, [None, None, None])
+        assert len(parts) == (calls if size else 0)
+        out.square().sum().backward()
+        found.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for mine, theirs in zip(*found):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
