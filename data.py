@@ -161,6 +161,9 @@ def _found(base, pattern):
         if fits and path.is_dir() == pattern.endswith("/") and image:
             hits.append((path, fits.groupdict()))
     if not hits:
+        if not base.is_dir():
+            raise SystemExit(f"data = {str(base)!r}: no such folder; give --data=.. (S2DC_DATA goes before "
+                             "what a config says)")
         sought = base / re.split(r"[{*?]", pattern)[0]
         folder = next(p for p in (sought, *sought.parents) if p.is_dir())
         there = sorted(p.name + ("/" if p.is_dir() else "") for p in folder.iterdir())
@@ -305,6 +308,7 @@ def preprocess(case, cfg):
         parts = [volumes.stretch(v, cfg.resize, order) for v, order in zip(parts, orders)]
     scaled = [volumes.scale_intensity(v, v > cfg.foreground, cfg, path) for v, path in zip(parts, paths)]
     record["window_used"] = [volumes.window_used(v, cfg) for v in parts[:len(paths)]]
+    record["clipped"] = max(volumes.clipped(v, cfg) for v in parts[:len(paths)])
     arrays = {"image": np.stack(scaled[:channels]), "body": body_map(parts[:channels], cfg.foreground)}
     if case["targets"]:
         arrays["target"] = np.stack(scaled[channels:])
@@ -324,7 +328,7 @@ def _read_case(case, cfg):
     volume, affine = volumes.to_ras(stored, affine)
     record = dict(files=case["images"], stored=axes, stored_shape=list(stored.shape),
                   stored_spacing=spacing_of(affine).tolist(), range=[low, high],
-                  few_values=volumes.few_values(stored), turned_by_guess=volumes.turned_by_guess(first))
+                  few_values=volumes.few_values(stored), header=volumes.header_doubts(first))
     grid = first, volume.shape, affine
     parts = [volume] + [volumes.on_grid_of(*grid, path, *read_stored(path)) for path in others]
     if case["label"]:
@@ -363,7 +367,7 @@ def body_map(parts, foreground):
 # ----------------------------------------- cache: one memory-mapped .npy per array, an index.json beside them
 
 FIRST_PER_CLASS = 4096              # foreground positions kept per class and scan, spread evenly over it
-CACHE_VERSION = 5                   # raise it when a scan gets other files or another record
+CACHE_VERSION = 6                   # raise it when a scan gets other files or another record
 
 
 def cache_folder(cfg):
@@ -985,32 +989,19 @@ def summary(good, cfg):
 def doubts(good, cfg):
     """Lines on scans that may not be what the config takes them for; ranges are compared within each of
     cfg.rules."""
-    lines, reach, far = [], {case["id"]: r["range"][1] - r["range"][0] for case, _, r in good}, []
+    reach, odd = {case["id"]: r["range"][1] - r["range"][0] for case, _, r in good}, {}
+    hint = ", or give zscore_over = 'robust'" * (cfg.intensity == "zscore")
+    far = f"ranges more than ten times wider or narrower than the others': look at them{hint}"
     for pattern in cfg.rules or ("*",):
         alike = fnmatch.filter(reach, pattern)
         usual = np.median([reach[name] for name in alike]) if alike else 0.0
-        far += [name for name in alike if not 0.1 < reach[name] / usual < 10]
-    hint = ", or give zscore_over = 'robust'" * (cfg.intensity == "zscore")
-
-    def unfit(own, used):
-        return not (0.55 if own.intensity == "window" else 0.1) < min(used) <= max(used) < 50
-
-    def below_all(own, least):
-        return own.intensity == "zscore" and own.zscore_over != "volume" and own.foreground < 0 <= least
-
-    for names, said in (
-            (far, f"ranges more than ten times wider or narrower than the others': look at them{hint}"),
-            ([case["id"] for case, _, r in good if r["few_values"]],
-             "few values, all whole, as of label maps: `exclude` them if they are no scans"),
-            ([case["id"] for case, _, r in good if unfit(ruled(case, cfg), r["window_used"])],
-             "values that hardly fit `window`: are it and `intensity` (by default for HU) of these scans?"),
-            ([case["id"] for case, _, r in good if below_all(ruled(case, cfg), r["range"][0])],
-             "all voxels are above `foreground` and count in the z-score, air too: MRI and PET have 0"),
-            ([case["id"] for case, _, r in good if r["turned_by_guess"]],
-             "orientation unknown (sform_code and qform_code are 0): taken for LAS")):
-        if names:
-            lines.append(f"{said}; {len(names)} scans: {', '.join(names[:8])}{' ..' * (len(names) > 8)}")
-    return lines
+        for name in (name for name in alike if not 0.1 < reach[name] / usual < 10):
+            odd.setdefault(far, []).append(name)
+    for case, _, record in good:
+        for said in volumes.doubts_of(record, ruled(case, cfg)):
+            odd.setdefault(said, []).append(case["id"])
+    return [f"{said}; {len(names)} scans: {', '.join(names[:8])}{' ..' * (len(names) > 8)}"
+            for said, names in odd.items()]
 
 
 def filling(good, files):

@@ -225,7 +225,7 @@ def write_prediction(folder, scan, ready, cfg):
     path = scan.case["images"][0]
     stored, affine = data.read_stored(path)
     if cfg.task == "segmentation":
-        arrays = [painted(tasks.on_scan(ready, scan, affine, stored.shape, cfg), cfg)]
+        arrays = [tasks.painted(tasks.on_scan(ready, scan, affine, stored.shape, cfg), cfg)]
     else:
         slope, offset = tasks.file_unit(scan.case, cfg)
         ready = ready * slope + offset
@@ -245,27 +245,14 @@ def write_prediction(folder, scan, ready, cfg):
             aside.write_bytes(gzip.compress(image.to_bytes(), 1, mtime=0))
 
 
-def painted(masks, cfg):
-    """(k, x, y, z) bool -> (x, y, z) ids in the smallest type that holds them.
-
-    Of regions the larger first, so that a smaller one lies on it, each with the id that no smaller has.
-    """
-    groups = list(cfg.regions.values()) or [(k,) for k in sorted(cfg.labels)]
-    ids = torch.zeros(masks.shape[1:], dtype=torch.uint8 if max(cfg.labels) < 256 else torch.int16)
-    for group, mask in sorted(zip(groups, masks), key=lambda pair: -len(pair[0])):
-        smaller = set().union(*[g for g in groups if len(g) < len(group)])
-        ids[mask] = min(set(group) - smaller or group)
-    return ids
-
-
 def draw_case(path, scan, ready, cfg):
     """The contact sheet of a case on the preprocessed grid."""
     image = scan.open()[0].astype(np.float32)
     if cfg.task == "segmentation":
-        ids, truth = painted(tasks.masks_of(ready, cfg), cfg).numpy(), None
+        ids, truth = tasks.painted(tasks.masks_of(ready, cfg), cfg).numpy(), None
         if scan.case["label"]:
             known = torch.from_numpy(scan.open("label")[0].astype(np.int64))
-            truth = painted(tasks.masks_of(known, cfg), cfg).numpy()
+            truth = tasks.painted(tasks.masks_of(known, cfg), cfg).numpy()
         contact_sheet(path, image, truth, ids, scan.spacing, scan.id, cfg.labels)
     else:
         target = scan.open("target")[0].astype(np.float32)
@@ -279,7 +266,8 @@ PERCENT = ("dice", "dice_of_positive", "accuracy", "balanced_accuracy", "majorit
 NOTES = {
     "dice": "%, mean over cases; a class absent from truth and prediction is left out; "
             "`mean`: per case over its classes",
-    "mae": "lower is better; in the unit of the file, or in standard deviations where images are z-scored",
+    "mae": "lower is better; of images as the network has them, clipped to `window` and at `spacing`; in the "
+           "unit of the file, or in standard deviations where they are z-scored",
     "hd95": "mm, lower is better; cases where one of the two masks is empty are left out and "
             "counted as missed"}
 
@@ -430,7 +418,7 @@ def predict_images(network, folder, cfg, device):
     if not patterns[0].startswith(f"{base}/"):
         base = base.parent
     if not base.is_dir():
-        raise SystemExit(f"images = {cfg.images!r}: there is no folder {base}")
+        raise SystemExit(f"images = {cfg.images!r}: there is no folder {base} (from here, not below `data`)")
     tails = ["/" if pattern.endswith("/") else "" for pattern in patterns]         # "/": folders of slices
     inside = tuple(os.path.relpath(pattern, base) + tail for pattern, tail in zip(patterns, tails))
     where = dict(scans=inside, image=()) if len(inside) == 1 else dict(scans=(), image=inside)
@@ -446,6 +434,8 @@ def predict_images(network, folder, cfg, device):
         raise SystemExit(f"out = {str(folder)!r}: the images lie there, and predictions have their names; "
                          "give another --out")
     good, reasons = data.fill_cache(cases, source)
+    for line in data.doubts(good, source):
+        print(line)
     scans = [data.Scan(data.cache_folder(source), name, case, record) for case, name, record in good]
     for k, scan in enumerate(tasks.check_channels(scans, cfg)):
         ready = tasks.predict(network, scan, cfg, device)
@@ -496,7 +486,7 @@ def main(argv):
             raise SystemExit(f"checkpoint = {cfg.checkpoint!r}, expected one with `images`")
         predict_images(restore(files[0], cfg, device), out, cfg, device)
         return
-    cases = tasks.split_cases(cfg)[cfg.part]
+    cases = tasks.split_cases(cfg, needed=(cfg.part,))[cfg.part]
     networks = {file: restore(file, cfg, device, cases) for file in files}
     scans = tasks.check_channels(data.open_scans(cfg, cases), cfg)
     results, of_part = {}, "" if cfg.part == "test" else f"_{cfg.part}"

@@ -20,7 +20,7 @@ import losses
 import metrics
 import volumes
 from model import UNETR, Classifier, SwinUNETR
-from volumes import to_original as to_original
+from volumes import painted, sided, to_original
 
 # -------------------------------------------------------------------------------------------------- 1. keys
 
@@ -66,7 +66,7 @@ class Config(data.Config):
     overlap: float = 0.5            # of windows of `crop` voxels; MONAI (released code validates with 0.75)
     blend: str = "gaussian"         # or "constant"; MONAI
     windows: int = 4                # windows per forward
-    flips: bool = False             # average over the 8 mirrored copies
+    flips: bool = False             # average over the mirrored copies: 8, or 4 where names tell sides
     data_range: float = 0.0         # of PSNR, SSIM, in preprocessed units; 0: each target's own range
     bf16: bool = True               # bfloat16 autocast on GPUs that have it, in training and in prediction
     downsample: str = "legacy"      # how a MONAI-style file merges patches, see model.load_weights
@@ -121,9 +121,9 @@ def check(cfg):
 
 # ------------------------------------------------------------ 2. who trains, who chooses, who is reported
 
-def split_cases(cfg):
-    """{"train": [case], "val": [case], "test": [case]}, with a number under "class" for classification. One
-    line for a subject on two sides, an empty part, a case without what the task needs. test = "val": val."""
+def split_cases(cfg, needed=("train", "val", "test")):
+    """{"train": [case], "val": [case], "test": [case]}, with a number under "class" of classification. A line
+    for subjects on two sides, a needed part that is empty or lacks what the task asks. test = "val": val."""
     parts = {"train": data.find_cases(cfg)}
     for part, section in (("val", cfg.val_section), ("test", cfg.test_section)):
         if section:
@@ -138,8 +138,6 @@ def split_cases(cfg):
         _move(parts, "test", _named(everyone, cfg.test, cfg, everyone))
     if cfg.val:
         _move(parts, "val", _named(parts["train"], cfg.val, cfg, everyone))
-    elif cfg.fold >= 0 and any("fold" in case for case in everyone):
-        _move(parts, "val", {case["id"] for case in everyone if case.get("fold") == cfg.fold})
     elif cfg.fold >= 0:
         _move_fold(parts, everyone, cfg)
     for part, share in (("test", cfg.test_share), ("val", cfg.val_share)):
@@ -151,11 +149,12 @@ def split_cases(cfg):
         for group in parts.values():
             for case, k in zip(group, _classes(group, cfg)):
                 case["class"] = k
-        if missing := {*cfg.classes.values()} - {case["class"] for case in parts["train"]}:
-            raise SystemExit(f"classes: no case of {sorted(missing)} is left for train; look at the split")
+        there = {case["class"] for case in parts["train"]}
+        if "train" in needed and (lost := {*cfg.classes.values()} - there):
+            raise SystemExit(f"classes: no case of {sorted(lost)} is left for train; look at the split")
     kept = _share(parts["train"], cfg.label_fraction, "labels", cfg)
     parts["train"] = [case for case in parts["train"] if case["id"] in kept]
-    _check_parts(parts, cfg)
+    _check_parts(parts, cfg, needed)
     return parts
 
 
@@ -179,12 +178,14 @@ def _move(parts, part, ids):
 
 
 def _move_fold(parts, everyone, cfg):
-    """Every cfg.folds-th subject of `everyone` chooses; a drawn test is drawn before, one for all folds."""
-    if cfg.fold >= cfg.folds:
-        raise SystemExit(f"fold = {cfg.fold}, expected 0 to {cfg.folds - 1} (folds = {cfg.folds})")
+    """Entries of cfg.fold choose, or every cfg.folds-th subject; a test is drawn first, one for all folds."""
     if cfg.test_share and "test" not in parts:
         _move(parts, "test", _share(parts["train"], cfg.test_share, "test", cfg))
         everyone = parts["train"]
+    if any("fold" in case for case in everyone):
+        return _move(parts, "val", {case["id"] for case in everyone if case.get("fold") == cfg.fold})
+    if cfg.fold >= cfg.folds:
+        raise SystemExit(f"fold = {cfg.fold}, expected 0 to {cfg.folds - 1} (folds = {cfg.folds})")
     subjects = sorted({case["subject"] for case in everyone})[cfg.fold::cfg.folds]
     _move(parts, "val", {case["id"] for case in everyone if case["subject"] in subjects})
 
@@ -226,16 +227,18 @@ def _share(cases, share, purpose, cfg):
 
 
 def _table(path, key):
-    """{key: row} of a csv; a key that comes twice keeps its last row."""
+    """{key: [row]} of a csv."""
     if not path.is_file():
         raise SystemExit(f"{path}: no such table")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            rows, found = list(csv.DictReader(file)), {}
     except (UnicodeDecodeError, csv.Error) as error:
         raise SystemExit(f"{path}: not a csv in UTF-8 ({error})") from None
     try:
-        return {key.format_map(row): row for row in rows}
+        for row in rows:
+            found.setdefault(key.format_map(row), []).append(row)
+        return found
     except KeyError as error:
         raise SystemExit(f"{path}: no column {error}; columns: {', '.join(rows[0])}") from None
 
@@ -253,16 +256,17 @@ def _classes(cases, cfg):
     table = _table(data.root(cfg) / cfg.table, cfg.table_key) if cfg.table else None
     numbers = []
     for case in cases:
-        fields = case.get("fields", {})
-        if table is not None:
-            if _case_key(case, cfg) not in table:
-                raise SystemExit(f"{case['images'][0]}: {cfg.table} has no row {_case_key(case, cfg)!r}")
-            fields = table[_case_key(case, cfg)]
+        rows = [case.get("fields", {})]
+        if table is not None and not (rows := table.get(_case_key(case, cfg))):
+            raise SystemExit(f"{case['images'][0]}: {cfg.table} has no row {_case_key(case, cfg)!r}")
         try:
-            name = cfg.class_from.format_map(fields)
+            name, *others = {cfg.class_from.format_map(row): None for row in rows}
         except KeyError as error:
-            known = ", ".join(fields) or "the pattern"
+            known = ", ".join(rows[0]) or "the pattern"
             raise SystemExit(f"class_from = {cfg.class_from!r}: no {error} in {known}") from None
+        if others:
+            raise SystemExit(f"{cfg.table}: {len(rows)} rows {_case_key(case, cfg)!r}, of {name} and "
+                             f"{others[0]}; give a table_key and a case_key that tell them apart")
         if name not in cfg.classes:
             raise SystemExit(f"{case['images'][0]}: class {name!r} is not declared; "
                              f"classes: {', '.join(cfg.classes)}")
@@ -270,19 +274,18 @@ def _classes(cases, cfg):
     return numbers
 
 
-def _check_parts(parts, cfg):
+def _check_parts(parts, cfg, needed):
     need = {"segmentation": "label", "reconstruction": "targets", "translation": "targets"}.get(cfg.task)
-    for part in ("train", "val", "test"):
+    for part in needed:
         if not parts.get(part):
-            raise SystemExit(f"no case is left for {part}; the config gives val = {cfg.val!r}, "
-                             f"test = {cfg.test!r}, val_share = {cfg.val_share}, "
-                             f"test_share = {cfg.test_share}, fold = {cfg.fold}")
+            shares = f"val_share = {cfg.val_share}, test_share = {cfg.test_share}, fold = {cfg.fold}"
+            raise SystemExit(f"no case is left for {part}; the config gives val = {cfg.val!r}, test = "
+                             f"{cfg.test!r}, {shares}")
         bare = [case["images"][0] for case in parts[part] if need and not case[need]]
         if bare:
             raise SystemExit(f"{bare[0]}: a {part} case without {need.rstrip('s')}")
-    pairs = [("train", "val"), ("train", "test")] + [("val", "test")] * (cfg.test != "val")
-    for a, b in pairs:
-        both = {case["subject"] for case in parts[a]} & {case["subject"] for case in parts[b]}
+    for a, b in [("train", "val"), ("train", "test")] + [("val", "test")] * (cfg.test != "val"):
+        both = set.intersection(*({case["subject"] for case in parts.get(part, ())} for part in (a, b)))
         if both:
             raise SystemExit(f"{len(both)} subjects are in {a} and in {b}: {', '.join(sorted(both)[:4])}")
 
@@ -460,15 +463,11 @@ def _probabilities(output, cfg):
     return output.sigmoid() if cfg.task == "segmentation" and cfg.regions else output.softmax(1)
 
 
-def _image(output, cfg):
-    return output
-
-
 # ---------------------------------------------------------------------------------- 5. scores of a case
 #
 # Each score: ready output of a case, scan, cfg, extra -> {grid: {metric: {part: number}}}. `extra` names what
 # a report wants beyond what chooses a checkpoint: "original", the scores of segmentation on the scan's own
-# voxels too (probabilities go back linearly, the truth as stored); "hd95", Hausdorff distances;
+# voxels too (of the ids that are written, the truth as stored); "hd95", Hausdorff distances;
 # "lesion_volumes", AutoPET's false positive and negative volumes; "ssim" of predicted images.
 
 
@@ -514,8 +513,8 @@ def score_segmentation(ready, scan, cfg, extra=()):
     if "original" in extra:
         stored, affine = data.read_stored(scan.case["label"], label=True)
         own = torch.from_numpy(volumes.label_ids(scan.case["label"], stored, cfg).astype(np.int64))
-        predicted = on_scan(ready, scan, affine, stored.shape, cfg)
-        grids["original"] = (predicted, masks_of(own, cfg), data.spacing_of(affine))
+        file = painted(on_scan(ready, scan, affine, stored.shape, cfg), cfg)     # as it is written
+        grids["original"] = (masks_of(file, cfg), masks_of(own, cfg), data.spacing_of(affine))
     return {grid: _score_masks(p.numpy(), t.numpy(), spacing, names_of(cfg), extra)
             for grid, (p, t, spacing) in grids.items()}
 
@@ -554,9 +553,9 @@ def score_image(ready, scan, cfg, extra=()):
     """PSNR, NMSE and MAE of a predicted image on the preprocessed grid, and what `extra` names. MAE is in the
     unit of the file, HU of a CT, or in deviations of a z-score; PSNR in the units of the preprocessed image.
 
-    Parts: the whole volume; "pasted", the background copied from the target, as the released code scores; the
-    "tissue" alone (not SSIM); "input", left as it is; "constant", the tissue's mean for all of it, which is
-    what knowing no place scores. Background: volumes.background_of."""
+    Parts: the whole volume; "pasted", the background copied from the target, much as the released code (which
+    z-scores anew and has the larger range of both: a stroke's T2 +0.7 dB, +0.02 SSIM); the "tissue",
+    no SSIM; the "input" as it is; "constant", the tissue's mean for all. See volumes.background_of."""
     unit, _ = file_unit(scan.case, cfg)
     truth = torch.from_numpy(np.ascontiguousarray(scan.open("target"))).float()
     image = torch.from_numpy(np.ascontiguousarray(scan.open())).float()[:1].expand_as(truth)
@@ -598,9 +597,9 @@ TASKS = {
                          score_segmentation, best=("preprocessed", "dice", "mean")),
     "classification": Task(_classification_network, _classification_loss, _probabilities,
                            score_classification, best=("scans", "balanced_accuracy", "all")),
-    "reconstruction": Task(_image_network, _reconstruction_loss, _image,
+    "reconstruction": Task(_image_network, _reconstruction_loss, lambda output, cfg: output,
                            score_image, best=("preprocessed", "psnr", "whole")),
-    "translation": Task(_image_network, _translation_loss, _image,
+    "translation": Task(_image_network, _translation_loss, lambda output, cfg: output,
                         score_image, best=("preprocessed", "psnr", "tissue")),
 }
 
@@ -611,10 +610,11 @@ TASKS = {
 def predict(network, scan, cfg, device):
     """Ready output of one cached scan on its preprocessed grid, (k, x, y, z), or (k,) of classes, on the CPU.
 
-    With cfg.flips the mean over the 8 mirrored copies."""
+    With cfg.flips the mean over the 8 mirrored copies, or those 4 that keep sides which the names tell."""
     task, total, copies = TASKS[cfg.task], 0, [()]
     if cfg.flips:
-        copies = [axes for n in range(4) for axes in itertools.combinations((2, 3, 4), n)]
+        mirrored = (3, 4) if sided(cfg) else (2, 3, 4)
+        copies = [axes for n in range(4) for axes in itertools.combinations(mirrored, n)]
     volume = torch.from_numpy(np.ascontiguousarray(scan.open())).float()[None]
     fill = rearrange(torch.from_numpy(scan.fill), "c -> c 1 1 1")   # each channel's own, as in training
     bf16 = cfg.bf16 and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

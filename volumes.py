@@ -61,13 +61,39 @@ def background_of(voxels):
     return float(most if counts.max() >= 0.1 * some.size and (some < most).mean() <= 0.1 else voxels.min())
 
 
-def turned_by_guess(path):
-    """Whether a NIfTI says nothing of its axes (sform_code and qform_code 0): x is then taken to run left."""
+def header_doubts(path):
+    """Remarks on what the header of a scan leaves open or contradicts, and how it was read all the same."""
     path = Path(path)
-    if not path.name.endswith((".nii", ".nii.gz")):
-        return False
-    header = nib.load(path).header
-    return not (header["sform_code"] or header["qform_code"])
+    if path.name.endswith((".nii", ".nii.gz")):
+        return _nifti_doubts(nib.load(path))
+    said = []
+    if path.suffix in (".mha", ".mhd", ".nrrd") and path.is_file():
+        with open(path, "rb") as file:
+            text = file.read(1 << 16).decode("latin-1")             # ends in voxels, which hold none of these
+        axes, lengths = ((r"^space: *(left|right|las|lps|ras)", r"^(space directions|spacings):")
+                         if path.suffix == ".nrrd" else
+                         (r"^(TransformMatrix|Rotation|Orientation) *=", r"^Element(Spacing|Size) *="))
+        if not re.search(axes, text, re.MULTILINE | re.IGNORECASE):
+            said.append("orientation unknown (the header has none): x taken to run left, y back, z up")
+        if not re.search(lengths, text, re.MULTILINE | re.IGNORECASE):
+            said.append("voxel size unknown (the header has none): taken for 1 mm")
+    return said
+
+
+def _nifti_doubts(image):
+    said, header, affine = [], image.header, image.affine[:3, :3]
+    lengths = np.linalg.norm(affine, axis=0)
+    if not (header["sform_code"] or header["qform_code"]):
+        said.append("orientation unknown (sform_code and qform_code are 0): taken for LAS")
+    if header["sform_code"]:
+        if np.abs(np.abs(header["pixdim"][1:4]) / lengths - 1).max() > 0.01:
+            said.append("voxel sizes of `pixdim` and of `sform` differ: those of `sform` are used")
+        if header["qform_code"] and (header["pixdim"][0] < 0) != (np.linalg.det(affine) < 0):   # its qfac
+            said.append("`sform` and `qform` are mirror images of each other: `sform` is used")
+        cosines = (affine / lengths).T @ (affine / lengths)
+        if np.abs(cosines - np.eye(3)).max() > 0.02:                # a degree
+            said.append("axes not at right angles (a tilted gantry, a registration?): taken for straight")
+    return said
 
 
 def read_header(path):
@@ -274,7 +300,7 @@ def _read_folder(path):
                           "expected either; move the others away")
     if slices:
         return _read_slices(path, slices)
-    series, places, reader = (), [], _sitk(path).ImageFileReader()
+    series, places, turns, reader = (), [], [], _sitk(path).ImageFileReader()
     try:
         if names:
             series = _sitk(path).ImageSeriesReader.GetGDCMSeriesIDs(str(path))
@@ -284,6 +310,7 @@ def _read_folder(path):
             reader.ReadImageInformation()
             _check_room(reader, [file])
             places.append(reader.GetOrigin())
+            turns.append(reader.GetDirection())
             if reader.GetNumberOfComponents() != 1:
                 raise VolumeError(f"{file}: {reader.GetNumberOfComponents()} values per voxel, expected one")
     except RuntimeError as error:
@@ -300,7 +327,7 @@ def _read_folder(path):
     if len(gaps) and (gaps.min() <= 0 or np.abs(gaps - np.median(gaps)).max() > 0.25 * np.median(gaps)):
         raise VolumeError(f"{path}: its {len(files)} slices lie {gaps.min():.4g} to {gaps.max():.4g} mm "
                           "apart, expected one distance (is a slice missing, or there twice?)")
-    _check_stack(path, places, reader)
+    _check_stack(path, np.array(places), np.array(turns), max(reader.GetSpacing()[:2]))
     return _read_itk(path, list(files))
 
 
@@ -311,16 +338,26 @@ def _looks_dicom(file):
     return file.name.upper() != "DICOMDIR" and (magic or file.suffix.lower() in (".dcm", ".ima"))
 
 
-def _check_stack(path, places, reader):
-    """VolumeError where slices at `places` (n, 3) mm are shifted against each other, say by a tilted gantry:
-    an affine that SimpleITK makes of them has no shear, so the last would lie elsewhere."""
-    if len(places) > 1:
-        along, normal = np.subtract(places[-1], places[0]), np.reshape(reader.GetDirection(), (3, 3))[:, 2]
-        drift = np.linalg.norm(along - normal * (along @ normal))
-        if drift > max(reader.GetSpacing()[:2]):                    # a pixel
-            raise VolumeError(f"{path}: the last slice is shifted by {drift:.3g} mm against the first within "
-                              "its plane (was the gantry tilted?), expected slices straight above each "
-                              "other; resample the series")
+def _check_stack(path, places, turns, pixel):
+    """VolumeError where slices at `places` (n, 3) mm, with axes `turns` (n, 9), do not lie straight and
+    evenly above each other, say by a tilted gantry: an affine that SimpleITK makes of them has no shear, one
+    distance and the axes of one of them, so some would lie elsewhere. pixel: mm."""
+    if len(places) < 2:
+        return
+    if (turned := np.abs(turns - turns[0]).max()) > 0.02:           # a degree
+        raise VolumeError(f"{path}: the axes of its slices differ (direction cosines by {turned:.2g}), "
+                          "expected one stack; is it two?")
+    along, normal = places[-1] - places[0], turns[-1].reshape(3, 3)[:, 2]
+    drift = np.linalg.norm(along - normal * (along @ normal))
+    if drift > pixel:
+        raise VolumeError(f"{path}: the last slice is shifted by {drift:.3g} mm against the first within "
+                          "its plane (was the gantry tilted?), expected slices straight above each "
+                          "other; resample the series")
+    even = places[0] + np.linspace(0, 1, len(places))[:, None] * along
+    off = np.linalg.norm(places - even, axis=1).max()
+    if off > 0.5 * np.linalg.norm(along) / (len(places) - 1):
+        raise VolumeError(f"{path}: spread evenly, a slice would lie {off:.3g} mm from its place: the "
+                          "distance of the slices changes along the stack; resample the series")
 
 
 def _read_slices(path, files):
@@ -415,6 +452,32 @@ def window_used(volume, cfg):
     return float((most - least) / (high - low))
 
 
+def clipped(volume, cfg):
+    """Share of a volume's voxels above cfg.foreground that lie above cfg.window, where that clips, else 0."""
+    if cfg.intensity != "window":
+        return 0.0
+    few = volume[::2, ::2, ::2]
+    inside = few > cfg.foreground
+    return float((few > cfg.window[1]).sum() / max(1, inside.sum()))
+
+
+def doubts_of(record, cfg):
+    """Remarks on a scan, by what the index holds of it, that may not be what its config takes it for."""
+    said, used = [], record["window_used"]
+    if record["few_values"]:
+        said.append("few values, all whole, as of label maps: `exclude` them if they are no scans")
+    if not (0.55 if cfg.intensity == "window" else 0.1) < min(used) <= max(used) < 50:
+        said.append("values that hardly fit `window`: are it and `intensity` (by default for HU) of these "
+                    "scans?")
+    elif record["clipped"] > 0.3:
+        said.append("of what is above `foreground` 30 % and more is above `window`, where all becomes 1: are "
+                    "they of these scans?")
+    if (cfg.intensity == "zscore" and cfg.zscore_over != "volume"
+            and cfg.foreground < 0 <= record["range"][0]):
+        said.append("all voxels are above `foreground` and count in the z-score, air too: MRI and PET have 0")
+    return said + record["header"]
+
+
 def label_ids(path, label, cfg):
     """A class map (x, y, z) as uint8 or int16 with the ids of cfg.labels, those of the file renamed by
     cfg.remap. What a slope in the header adds to whole numbers, up to 0.001, is rounded away. VolumeError
@@ -446,6 +509,26 @@ def label_ids(path, label, cfg):
     for old, new in cfg.remap.items():
         renamed[label == old] = new
     return renamed.astype(np.uint8 if max(cfg.remap.get(v, v) for v in ids) < 256 else np.int16)
+
+
+def painted(masks, cfg):
+    """(k, x, y, z) bool -> (x, y, z) ids in the smallest type that holds them.
+
+    Of regions the larger first, so that a smaller one lies on it, each with the id that no smaller has.
+    """
+    groups = list(cfg.regions.values()) or [(k,) for k in sorted(cfg.labels)]
+    ids = torch.zeros(masks.shape[1:], dtype=torch.uint8 if max(cfg.labels) < 256 else torch.int16)
+    for group, mask in sorted(zip(groups, masks), key=lambda pair: -len(pair[0])):
+        smaller = set().union(*[g for g in groups if len(g) < len(group)])
+        ids[mask] = min(set(group) - smaller or group)
+    return ids
+
+
+def sided(cfg):
+    """Names of labels, regions and classes that tell left from right."""
+    names = map(str, [*cfg.labels.values(), *cfg.regions, *cfg.classes])
+    words = {name: set(re.split(r"\W|_|(?<=[a-z])(?=[A-Z])", name)) for name in names}     # "LeftKidney"
+    return [name for name, said in words.items() if {w.lower() for w in said} & {"left", "right", "l", "r"}]
 
 
 def resample(volume, affine, spacing, order):

@@ -249,8 +249,9 @@ def assert_same_scan(one, other):
     np.testing.assert_allclose(a_affine, b_affine, atol=2e-4)
 
 
-def write_dicom(folder, sitk, image, leave_out=(), series="1.2.3.4.5", tilt=0.0, slopes=None):
-    """tilt: mm by which each slice lies further along its columns; slopes: of its values, one a slice."""
+def write_dicom(folder, sitk, image, leave_out=(), series="1.2.3.4.5", tilt=0.0, slopes=None, depths=(), turned=0):
+    """tilt: mm by which each slice lies further along its columns; slopes: of its values, one a slice; depths: where
+    slices lie, for their number; turned: how many of the first have other axes, by 29 degrees."""
     folder.mkdir(exist_ok=True)
     before = locale.setlocale(locale.LC_CTYPE)
     writer = sitk.ImageFileWriter()
@@ -260,13 +261,15 @@ def write_dicom(folder, sitk, image, leave_out=(), series="1.2.3.4.5", tilt=0.0,
         page = sitk.GetImageFromArray(sitk.GetArrayFromImage(image)[k])
         page.SetSpacing(image.GetSpacing()[:2])
         place = np.add(image.TransformIndexToPhysicalPoint((0, 0, k)), tilt * k * turn[:, 1])
+        place = image.GetOrigin() + depths[k] * turn[:, 2] if depths else place
+        axes = turn @ Rotation.from_euler("z", 29 * (k < turned), degrees=True).as_matrix()
         if slopes:
             for tag, value in {"0028|1052": 0, "0028|1053": slopes[k], "0028|0100": 16, "0028|0101": 16, "0028|0102": 15,
                                "0028|0103": 1}.items():
                 page.SetMetaData(tag, str(value))
         for tag, value in {"0008|0060": "CT", "0020|000d": "1.2.3.4", "0020|000e": series, "0008|0018": f"{series}.{k + 1}",
                            "0020|0013": str(k + 1), "0020|0032": "\\".join(f"{v:.10g}" for v in place),
-                           "0020|0037": "\\".join(f"{v:.10g}" for v in (*turn[:, 0], *turn[:, 1]))}.items():
+                           "0020|0037": "\\".join(f"{v:.10g}" for v in (*axes[:, 0], *axes[:, 1]))}.items():
             page.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"{series}_{k * 7 % 9}.dcm"))   # names out of order: places decide
         writer.Execute(page)
@@ -298,6 +301,10 @@ def test_other_formats_are_refused_in_one_line(tmp_path):
     voxels, *_ = data.read_volume(write_dicom(tmp_path / "rounded", sitk, image, tilt=0.1))     # less than a pixel in all
     assert sorted(voxels.shape) == [6, 7, 9]
     assert "the last slice is shifted by 4 mm" in refusal(write_dicom(tmp_path / "tilted", sitk, image, tilt=0.5))
+    depths = np.cumsum([0, *[2.3] * 3, *[3.0] * 2, *[3.7] * 3]).tolist()        # each gap within a quarter of the median
+    assert "would lie 2.1 mm from its place" in refusal(write_dicom(tmp_path / "uneven", sitk, image, depths=depths))
+    said = refusal(write_dicom(tmp_path / "turned", sitk, image, turned=4))
+    assert "the axes of its slices differ (direction cosines by" in said
     (tmp_path / "nothing").mkdir()
     assert "a folder with 0 files" in refusal(tmp_path / "nothing")
 
@@ -1853,7 +1860,58 @@ def test_what_is_doubtful_of_scans_is_said(tmp_path):
     for name, channel in (("ct", "a"), ("pet", "b")):               # a target in another unit than the image
         nifti(tmp_path / f"1_{channel}.nii.gz", values[name].astype(np.float32))
     assert said(image="{id}_a.nii.gz", target="{id}_b.nii.gz") == [f"{window}; 1 scans: 1"]
+    # PET in Bq/ml with noise below 0 under the rule of CT: the values span the window, and most are cut off
+    values["becquerels"] = np.where(smooth > 0.4, 20000 * smooth, 1) + 250 * np.random.default_rng(1).normal(size=smooth.shape)
+    nifti(tmp_path / "becquerels.nii.gz", values["becquerels"].astype(np.float32))
+    assert said("becquerels")[0].startswith("of what is above `foreground` 30 % and more is above `window`")
+    assert said("becquerels", intensity="scale", window=(0.0, 20000.0), foreground=0.0) == []
     assert said("lost") == ["orientation unknown (sform_code and qform_code are 0): taken for LAS; 1 scans: lost"]
+
+
+def header_of(path, sform, pixdim=(1.5, 1.5, 5.0), qform=None, qfac=1):
+    """A NIfTI with these axes, (3, 3), whatever they say of each other; the codes are 1 of what is given."""
+    image = nib.Nifti1Image(noise(8, 9, 10).astype(np.float32), None)
+    image.header["pixdim"][1:4] = pixdim
+    if sform is not None:
+        image.header.set_sform(nib.affines.from_matvec(sform), code=1)
+    if qform is not None:
+        image.header.set_qform(nib.affines.from_matvec(qform), code=1)
+    nib.save(nib.Nifti1Image(image.dataobj, None, image.header), path)
+
+
+def test_a_header_that_contradicts_itself_or_says_nothing_is_doubted(tmp_path):
+    straight, file = np.diag([1.5, 1.5, 5.0]), tmp_path / "a.nii.gz"
+    lean = straight + np.outer([0, 1, 0], [0, 0, 5 * np.tan(np.radians(20))])           # a gantry's tilt in the sform
+    oblique = Rotation.from_euler("xyz", [20, 10, 5], degrees=True).as_matrix() @ straight
+    for keys, words in ((dict(sform=straight), ""), (dict(sform=oblique, qform=oblique), ""), (dict(sform=None, qform=oblique), ""),
+                        (dict(sform=-straight, qform=-straight), ""),
+                        (dict(sform=np.eye(3)), "voxel sizes of `pixdim` and of `sform` differ"),
+                        (dict(sform=np.diag([-1.5, 1.5, 5.0]), qform=straight), "mirror images of each other"),
+                        (dict(sform=lean, pixdim=(1.5, 1.5, 5 / np.cos(np.radians(20)))), "axes not at right angles")):
+        header_of(file, **keys)
+        said = data.volumes.header_doubts(file)
+        assert len(said) == bool(words) and words in "".join(said), (keys, said)
+    lines, cfg = [], config(tmp_path, scans="a.nii.gz", intensity="zscore", zscore_over="volume")
+    data.open_scans(cfg, say=lines.append)
+    assert any(line.startswith("axes not at right angles") and line.endswith("1 scans: a") for line in lines)
+
+
+DIRECTIONS = "space directions: (1,0,0) (0,1,0) (0,0,2)"
+
+
+@pytest.mark.parametrize("ending, lines, unknown", [
+    ("nrrd", ["space: left-posterior-superior", DIRECTIONS], []), ("nrrd", ["space: RAS", DIRECTIONS], []),
+    ("nrrd", ["space: scanner-xyz", DIRECTIONS], ["orientation"]), ("nrrd", ["spacings: 1 1 2"], ["orientation"]),
+    ("nrrd", [], ["orientation", "voxel"]), ("mha", ["TransformMatrix = 1 0 0 0 1 0 0 0 1", "ElementSpacing = 1 1 2"], []),
+    ("mha", ["ElementSpacing = 1 1 2"], ["orientation"]), ("mha", [], ["orientation", "voxel"])])
+def test_headers_of_other_formats_that_say_nothing_are_doubted(tmp_path, ending, lines, unknown):
+    pytest.importorskip("SimpleITK")
+    before, after = {"nrrd": (["NRRD0004", "type: float", "dimension: 3"], ["sizes: 8 7 6", "endian: little", "encoding: raw", ""]),
+                     "mha": (["NDims = 3"], ["DimSize = 8 7 6", "ElementType = MET_FLOAT", "ElementDataFile = LOCAL"])}[ending]
+    file = tmp_path / f"a.{ending}"
+    file.write_bytes("\n".join([*before, *lines, *after, ""]).encode() + noise(6, 7, 8).astype(np.float32).tobytes())
+    assert [said.split()[0] for said in data.volumes.header_doubts(file)] == unknown
+    assert data.read_volume(file)[0].shape == (8, 7, 6)
 
 
 @pytest.mark.parametrize("rules, text", [

@@ -145,6 +145,12 @@ def test_several_checkpoints_and_bare_scans(judged, abdomens, tmp_path):
     assert label.get_data_dtype() == np.uint8
     np.testing.assert_array_equal(label.get_fdata(), found[0].get_fdata())
     assert sorted(p.name for p in (tmp_path / "bare").iterdir()) == ["new.nii.gz", "new.png"]
+    # what is doubtful of it is said here, too
+    lost = nib.Nifti1Image(scan.get_fdata().astype(np.float32), None)
+    (tmp_path / "odd").mkdir()
+    nib.save(lost, tmp_path / "odd/lost.nii.gz")
+    said = judged(root=tmp_path, checkpoint="a.pt", images="odd", out="odd_bare", sheets=0)
+    assert "orientation unknown (sform_code and qform_code are 0): taken for LAS; 1 scans: lost" in said
     # a folder, one of its files broken: the other is predicted, and the broken one can be left out
     (tmp_path / "scans/broken.nii.gz").write_bytes(source.read_bytes()[:5000])
     with pytest.raises(SystemExit) as caught:
@@ -187,6 +193,14 @@ def test_nobody_is_scored_who_trained_the_network(judged, tmp_path):
     with pytest.raises(SystemExit, match="^t.pt: 2 val subjects trained it: 001, 002; "):
         judged(checkpoint="t.pt", val=("001", "002"), test="val", part="val")
     assert "3 train cases\n" in judged(checkpoint="t.pt", part="train", predictions=False, sheets=0)
+
+
+def test_a_cohort_that_trains_nobody_is_scored_whole(judged, abdomens, tmp_path):
+    said = judged(checkpoint="a.pt", test="*", val=(), sheets=0, predictions=False)
+    count = len(list((abdomens / "demo_ct/train/imagesTr").glob("*.nii.gz")))
+    assert f"{count} test cases\n" in said
+    with pytest.raises(SystemExit, match="^no case is left for train; the config gives val = "):
+        judged(checkpoint="a.pt", test="*", val=(), part="train")
 
 
 def test_those_who_chose_are_named_under_another_split(judged, tmp_path):

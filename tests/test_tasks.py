@@ -224,6 +224,28 @@ def test_a_test_share_is_the_same_whatever_the_fold(split):
             split("brats23_t1_to_t2", fold=fold, folds=folds, val_share=0.0)
 
 
+def test_a_test_share_is_the_same_whatever_the_fold_of_a_datalist(split, tmp_path):
+    entries = [{"image": f"{k}.nii.gz", "label": f"{k}_l.nii.gz", "fold": k % 5} for k in range(20)]
+    (tmp_path / "list.json").write_text(json.dumps({"training": entries}))
+    keys = dict(image=(), label="", datalist="list.json", test=(), test_share=0.2)
+    folds = [split("brats21", **keys, fold=fold) for fold in range(5)]
+    assert all(apart(parts) and ids(parts["test"]) == ids(folds[0]["test"]) for parts in folds)
+    assert len(folds[0]["test"]) == 4 and sorted(sum((ids(parts["val"]) for parts in folds), [])) == sorted(
+        {str(k) for k in range(20)} - {*ids(folds[0]["test"])})
+
+
+def test_rows_of_one_key_must_be_of_one_class(split, tmp_path):
+    keys = dict(image="s/{id}.nii.gz", table="t.csv", table_key="{who}", case_key="{id}", class_from="{dx}", classes={"MCI": 0, "AD": 1},
+                val_share=0.3, test_share=0.3)
+    rows = [f"{k},{visit},{('MCI', 'AD')[k % 2]}" for k in range(6) for visit in ("m00", "m24")]
+    (tmp_path / "t.csv").write_text("\n".join(["who,visit,dx", *rows, "7,m00,AD", "7,m24,MCI"]))    # 7: nobody here
+    parts = split("adni", [f"s/{k}.nii.gz" for k in range(6)], **keys)
+    assert all(case["class"] == int(case["id"]) % 2 for cases in parts.values() for case in cases)
+    (tmp_path / "t.csv").write_text("\n".join(["who,visit,dx", *rows[:-1], "5,m24,MCI"]))
+    with pytest.raises(SystemExit, match="^t.csv: 2 rows '5', of AD and MCI; give a table_key and a case_key that tell them apart$"):
+        split("adni", **keys)
+
+
 def test_only_leaves_cases_out_of_every_part(split, tmp_path):
     entries = [{"image": f"{k}.nii.gz", "label": f"{k}_l.nii.gz", "id": str(k)} for k in range(6)]
     (tmp_path / "list.json").write_text(json.dumps({"training": entries[:4], "validation": entries[4:]}))
@@ -424,7 +446,25 @@ def test_regions_overlap_and_are_painted_so_that_none_is_lost(scans, tmp_path):
     np.testing.assert_array_equal(nib.load(tmp_path / "0.nii.gz").get_fdata(), label)
     cfg = dataclasses.replace(cfg, regions=dict(reversed(cfg.regions.items())))
     masks = tasks.masks_of(torch.from_numpy(label.astype(int)), cfg)
-    np.testing.assert_array_equal(evaluate.painted(masks, cfg), label)
+    np.testing.assert_array_equal(tasks.painted(masks, cfg), label)
+
+
+def test_regions_are_scored_as_their_file_is_scored(scans, tmp_path):
+    """Where sigmoids contradict each other, a core that is no part of the whole, the file holds the core."""
+    label = np.zeros((12, 10, 8))
+    label[1:9, 1:9, 1:7], label[2:6, 2:6, 2:6] = 2, 1
+    brats = settings("brats21")
+    (scan,), cfg = scans([label], labels=brats.labels, regions=brats.regions)
+    ready = perfect(scan, cfg)
+    ready[1, 2:6, 2:6, 2:6] = 0.2                           # WT; TC stays
+    evaluate.write_prediction(tmp_path, scan, ready, cfg)
+    file = nib.load(tmp_path / "0.nii.gz").get_fdata()
+    scores = tasks.score_segmentation(ready, scan, cfg, ALL)
+    for name, group in cfg.regions.items():
+        mine, true = np.isin(file, group), np.isin(label, group)
+        if true.any():
+            assert scores["original"]["dice"][name] == pytest.approx(2 * (mine & true).sum() / (mine.sum() + true.sum()))
+    assert scores["original"]["dice"]["WT"] == 1 and scores["preprocessed"]["dice"]["WT"] == pytest.approx(2 * 320 / (320 + 384))
 
 
 def test_summary_is_the_mean_over_cases_with_its_bootstrap_interval():
@@ -468,8 +508,8 @@ def test_each_channel_is_padded_with_its_own_value(scans, tmp_path):
 def test_flips_average_the_eight_mirrored_outputs(organs):
     (scan,), cfg = organs(("001",))
     torch.manual_seed(0)
-    network = SwinUNETR(1, 14, **NETWORK).eval()
-    found = tasks.predict(network, scan, dataclasses.replace(cfg, flips=True), torch.device("cpu"))
+    network, names = SwinUNETR(1, 14, **NETWORK).eval(), {k: f"organ {k}" for k in cfg.labels}      # none tells a side
+    found = tasks.predict(network, scan, dataclasses.replace(cfg, flips=True, labels=names), torch.device("cpu"))
     volume, total = torch.from_numpy(np.ascontiguousarray(scan.open())).float()[None], 0
     x, y, z = (slice((64 - n) // 2, (64 - n) // 2 + n) for n in scan.shape)
     for axes in itertools.chain.from_iterable(itertools.combinations((2, 3, 4), n) for n in range(4)):
@@ -478,6 +518,25 @@ def test_flips_average_the_eight_mirrored_outputs(organs):
         with torch.no_grad():
             total += network(padded).softmax(1)[:, :, x, y, z].flip(axes)
     torch.testing.assert_close(found, total[0] / 8, rtol=0, atol=1e-4)
+
+
+def test_flips_leave_sides_where_they_are_if_names_tell_them(scans):
+    """A network that calls everything by the half of its input that it lies in."""
+    label = np.zeros((64, 20, 20))
+    label[:32], label[32:] = 1, 2
+
+    class Network:
+        def eval(self):
+            pass
+
+        def __call__(self, x):
+            out = torch.zeros(len(x), 3, *x.shape[2:])
+            out[:, 1, :32], out[:, 2, 32:] = 9, 9
+            return out
+    for names, calls in ((("left kidney", "right kidney"), (1, 2)), (("one", "other"), ())):
+        (scan,), cfg = scans([label], labels=dict(enumerate(names, 1)), flips=True, crop=(64, 32, 32))
+        found = tasks.predict(Network(), scan, cfg, torch.device("cpu"))
+        assert found[1, :32].mean() > 0.99 if calls else found[1, :32].mean() == pytest.approx(0.5, abs=0.01)
 
 
 # ---------------------------------------------------------------------------- translation and reconstruction
