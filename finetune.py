@@ -7,7 +7,6 @@ Started again with the same name it goes on from runs/<name>/last.pt. runs/<name
 checkpoint that did best on the validation cases; python evaluate.py configs/btcv.py scores it.
 """
 import dataclasses
-import re
 import time
 from pathlib import Path
 
@@ -47,7 +46,7 @@ class Config(tasks.Config):
     warmup: int = 2400              # steps; released code: 100 epochs
     lr: float = 3e-4                # AdamW peak; VoCo (released code 2e-3)
     min_lr: float = 0.0
-    decay: float = 1e-5             # weight decay of matrices and kernels; released code
+    decay: float = 1e-5             # weight decay of matrices, position tables, kernels; released code
     clip: float = 1.0               # largest gradient norm; ours
     batch: int = 4                  # crops per optimizer step over all processes = cases x crops_per_case
     accumulate: int = 1
@@ -93,11 +92,14 @@ def check(cfg, ranks):
         raise SystemExit(str(error)) from None
 
 
-def sided(cfg):
-    """Names of labels, regions and classes that tell left from right."""
-    names = map(str, [*cfg.labels.values(), *cfg.regions, *cfg.classes])
-    words = {name: set(re.split(r"\W|_|(?<=[a-z])(?=[A-Z])", name)) for name in names}     # "LeftKidney"
-    return [name for name, said in words.items() if {w.lower() for w in said} & {"left", "right", "l", "r"}]
+def tell_moves(cfg, say):
+    """Lines on changes of the training crops that do not suit what is to be learned."""
+    if cfg.flip[0] > 0 and (names := tasks.sided(cfg)):
+        say(f"flip = {cfg.flip} mirrors left and right, but labels name sides ({names[0]!r}): a mirror image "
+            f"keeps its name; flip = {(0.0, *cfg.flip[1:])} leaves sides as they are")
+    if cfg.task in ("reconstruction", "translation") and max(cfg.jitter_shift[0], cfg.jitter_scale[0]) > 0:
+        say(f"jitter_shift = {cfg.jitter_shift}, jitter_scale = {cfg.jitter_scale} change the input and not "
+            "what is to be predicted; where their values belong together give (0.0, 0.0) for both")
 
 
 def check_split(path, then, parts, cfg):
@@ -188,9 +190,7 @@ def open_scans(cfg, ranks, local, folder, first, say):
     say("  ".join(f"{part}: {len(cases)} cases of {len({case['subject'] for case in cases})} subjects"
                   for part, cases in parts.items()))
     used, n = parts["train"] + parts["val"], len(parts["train"])
-    if local == 0:
-        data.open_scans(cfg, used, say)
-    device = run.join(ranks, local, folder, first)
+    device = run.join(ranks, local, folder, first, lambda: data.open_scans(cfg, used, say))
     scans = tasks.check_channels(data.open_scans(cfg, used, run.silent), cfg)
     return parts, scans[:n], scans[n:], device
 
@@ -211,7 +211,7 @@ def build(cfg, device, new, parts, say):
     if cfg.freeze_encoder:
         network.encoder.requires_grad_(False)
     if cfg.compile:
-        network.compile()
+        network.compile(dynamic=False)
     return network, torch.optim.AdamW(groups_of(network, cfg), lr=cfg.lr), began
 
 
@@ -259,9 +259,7 @@ def main(argv):
         say(f"{folder} is complete: {first} steps, best {best}; python evaluate.py scores {folder}/best.pt")
         return
     say(configs.differing(cfg))
-    if cfg.flip[0] > 0 and sided(cfg):
-        say(f"flip = {cfg.flip} mirrors left and right, but labels name sides ({sided(cfg)[0]!r}): a mirror "
-            f"image keeps its name; flip = {(0.0, *cfg.flip[1:])} leaves sides as they are")
+    tell_moves(cfg, say)
     parts, train, val, device = open_scans(cfg, ranks, local, folder, first, say)
     network, optimizer, began = build(cfg, device, state is None, parts, say)
     if state is not None:
@@ -276,7 +274,7 @@ def main(argv):
     batches = run.batches(crops_of(train, parts["train"], cfg), cfg, rank, ranks, first, data.collate)
     metric = " ".join(task.best[1:])
     origin = run.versions()
-    say(f"{ranks} x {origin['device']}, {'bfloat16' if bf16 else 'float32'}, "
+    say(f"{ranks} x {origin['device']}, {run.products(bf16, device)}, "
         f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters, {len(train)} scans train, "
         f"{len(val)} choose; batch {cfg.batch} crops of {cfg.crop}; steps {first} to {cfg.steps}")
     lock = run.start_log(folder, cfg, first, origin) if rank == 0 else None

@@ -87,7 +87,7 @@ class Config(data.Config):
     warmup: int = 500               # steps; released code
     lr: float = 3e-4                # AdamW peak; released code
     min_lr: float = 0.0             # at the end of the cosine
-    decay: float = 0.1              # weight decay, of matrices and kernels only; released code
+    decay: float = 0.1              # weight decay, of matrices, position tables, kernels; released code
     clip: float = 1.0               # largest gradient norm; ours
     batch: int = 1                  # slabs per optimizer step over all processes; released code
     accumulate: int = 1             # forward-backward passes that share one optimizer step
@@ -154,6 +154,8 @@ class Network(nn.Module):
             self.decoder_head, self.ups = Projector(width, cfg.hidden, cfg.embedding), 4 - self.level
             for name, p in self.swin_unetr.named_parameters():
                 p.requires_grad_(learns(name, self.ups))
+        elif not cfg.weights[0]:     # L_g alone sees what lies behind the tokens' map: it would decay
+            self.encoder.stages[self.level:].requires_grad_(False)
 
     def forward(self, slab, keep, twin=None):
         """Encode the crops of a slab that `keep` names, and a moved crop of each slab.
@@ -342,9 +344,7 @@ def check_fill(scans, cfg):
 
 def open_scans(cfg, ranks, local, folder, first, say):
     """(scans, device) of this process: one a machine fills the cache, before the others are waited for."""
-    if local == 0:
-        data.open_scans(cfg, say=say)
-    device = run.join(ranks, local, folder, first)
+    device = run.join(ranks, local, folder, first, lambda: data.open_scans(cfg, say=say))
     scans = data.open_scans(cfg, say=run.silent)
     others = [scan for scan in scans if scan.record["channels"] != cfg.in_channels]
     if others:
@@ -368,7 +368,7 @@ def check_subjects(scans, cfg):
 
 
 def adamw(network, cfg):
-    """AdamW of all that learns, under which matrices and kernels alone decay."""
+    """AdamW of all that learns, under which matrices, position tables among them, and kernels alone decay."""
     learned = [p for p in network.parameters() if p.requires_grad]
     return torch.optim.AdamW([dict(params=[p for p in learned if p.ndim > 1], weight_decay=cfg.decay),
                               dict(params=[p for p in learned if p.ndim <= 1], weight_decay=0.0)], lr=cfg.lr)
@@ -389,8 +389,8 @@ def build(cfg, device, new):
             print(f"{cfg.init}: {line} here")
     teacher = copy.deepcopy(student).requires_grad_(False)
     if cfg.compile:
-        student.encoder.compile()
-        teacher.encoder.compile()
+        student.encoder.compile(dynamic=False)      # the teacher has a twin more: no size is made a symbol
+        teacher.encoder.compile(dynamic=False)
     return student, teacher, adamw(student, cfg), Queue(cfg.queue, cfg.embedding, device)
 
 
@@ -458,8 +458,10 @@ def heading(cfg, scans, student, crop_grid, token_grid, ranks, first):
     """What of the run is not in its config."""
     cached = sum(Path(f"{scan.stem}.image.npy").stat().st_size for scan in scans) / 1e9
     encoder, whole = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (student.encoder, student))
+    learned = sum(p.numel() for p in student.encoder.parameters() if p.requires_grad) / 1e6
+    left = f" ({learned:.2f} M learn: those behind the tokens' map only by L_g)" * (learned < encoder)
     return (f"{len(scans)} scans, cache {cached:.2f} GB\n"
-            f"encoder {encoder:.2f} M parameters, student {whole:.2f} M; batch {cfg.batch} slabs x "
+            f"encoder {encoder:.2f} M parameters{left}, student {whole:.2f} M; batch {cfg.batch} slabs x "
             f"{math.prod(crop_grid)} crops = {ranks} ranks x {cfg.accumulate} passes x "
             f"{cfg.batch // ranks // cfg.accumulate}; {math.prod(token_grid)} tokens a slab; "
             f"steps {first} to {cfg.steps}")
@@ -520,7 +522,7 @@ def main(argv):
     batches = run.batches(slabs, cfg, rank, ranks, first,
                           functools.partial(assemble, token_grid=token_grid, patch=cfg.token_patch))
     origin = run.versions()
-    say(f"{ranks} x {origin['device']}, {'bfloat16' if bf16 else 'float32'}, "
+    say(f"{ranks} x {origin['device']}, {run.products(bf16, device)}, "
         + heading(cfg, scans, student, crop_grid, token_grid, ranks, first))
     lock = run.start_log(folder, cfg, first, origin) if rank == 0 else None
     # for the encoder's file, not for the log

@@ -11,6 +11,7 @@ import fcntl
 import json
 import math
 import os
+import platform
 import resource
 import shutil
 import subprocess
@@ -145,20 +146,36 @@ def choose_device(local=0):
     return torch.device("cpu")
 
 
-def join(ranks, local, folder, first):
-    """Device of this process, after all have met; exits when they would go on from different steps."""
+def join(ranks, local, folder, first, prepare):
+    """Device of this process, after the first of each machine has called prepare() and all have met; exits
+    where that refuses something on any machine, or when they would go on from different steps."""
+    refused = None
+    if local == 0:
+        try:
+            prepare()
+        except SystemExit as error:                                 # the other machines must hear of it
+            if ranks == 1:
+                raise
+            refused = str(error)
     device = choose_device(local)
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     if ranks > 1:
-        # days: the first of a machine may fill the cache meanwhile; torchrun ends all when one of them ends
+        if local == 0 and ranks > int(os.environ.get("LOCAL_WORLD_SIZE", ranks)):
+            print(f"{platform.node()}: waiting for the other machines", flush=True)
+        # days: the first of a machine may fill the cache meanwhile
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=7))
         seen = [None] * ranks
-        dist.all_gather_object(seen, first)                         # waits for all, too
-        if len(set(seen)) > 1:
-            raise SystemExit(f"the ranks would go on from steps {sorted(set(seen))}: "
+        dist.all_gather_object(seen, (first, platform.node(), refused))             # waits for all, too
+        for _, node, why in seen:
+            if why:
+                raise SystemExit(why if node == platform.node() else f"{node}: {why}")
+        if len(steps := {step for step, *_ in seen}) > 1:
+            raise SystemExit(f"the ranks would go on from steps {sorted(steps)}: "
                              f"all machines must see the same {folder}")
+        # from here on a machine that is gone is noticed; the longest that one waits is for scans to be scored
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(hours=3))      # no public name does it
     return device
 
 
@@ -170,6 +187,16 @@ def bfloat16(cfg, device):
     if cfg.bf16_cpu and not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
         raise SystemExit("bf16_cpu: this CPU multiplies no bfloat16 (AMX or AVX512-BF16), it would be slower")
     return cfg.bf16_cpu
+
+
+def products(bf16, device):
+    """What products are computed in, for the log: torch rounds what float32 convolutions multiply to TF32's
+    ten bits on GPUs that have it."""
+    if bf16:
+        return "bfloat16"
+    rounded = (device.type == "cuda" and torch.backends.cudnn.allow_tf32
+               and torch.cuda.get_device_capability(device) >= (8, 0))
+    return "float32, convolutions in TF32" if rounded else "float32"
 
 
 def parallel(network, ranks, device):

@@ -570,12 +570,12 @@ def test_encoder_is_loaded_whole_and_its_preprocessing_compared(tmp_path, capsys
 
 def test_labels_that_name_sides():
     at = lambda names: finetune.Config(labels=dict(enumerate(names, 1)))
-    assert finetune.sided(at(["spleen", "R kidney", "left_lung", "portal+splenic v.", "Lesion (right)", "liver"])) == [
+    assert tasks.sided(at(["spleen", "R kidney", "left_lung", "portal+splenic v.", "Lesion (right)", "liver"])) == [
         "R kidney", "left_lung", "Lesion (right)"]
-    assert finetune.sided(at(["liver", "bright spot", "cleft", "lr"])) == []
-    assert finetune.sided(at(["LeftKidney", "kidneyR", "Leftover", "NCR"])) == ["LeftKidney", "kidneyR"]
-    assert finetune.sided(finetune.Config(classes={"left": 0, "none": 1})) == ["left"]
-    assert finetune.sided(finetune.Config(labels={1: "a", 2: "b"}, regions={"right lung": (1, 2)})) == ["right lung"]
+    assert tasks.sided(at(["liver", "bright spot", "cleft", "lr"])) == []
+    assert tasks.sided(at(["LeftKidney", "kidneyR", "Leftover", "NCR"])) == ["LeftKidney", "kidneyR"]
+    assert tasks.sided(finetune.Config(classes={"left": 0, "none": 1})) == ["left"]
+    assert tasks.sided(finetune.Config(labels={1: "a", 2: "b"}, regions={"right lung": (1, 2)})) == ["right lung"]
 
 
 def test_what_trained_never_chooses_or_is_reported_later(train, small):

@@ -416,6 +416,25 @@ def test_torchrun_says_what_is_missing_once_and_in_its_summary(place):
     assert f"traceback : {line}" in said and "pretrain.py\", line" not in said
 
 
+def test_what_one_machine_refuses_ends_the_others(place):
+    with socket.create_server(("localhost", 0)) as door:
+        port = door.getsockname()[1]
+    line, machines = "pattern 'nowhere/*.nii.gz' finds nothing below", []
+    for rank, scans in enumerate(("demo_ct/train/imagesTr/*.nii.gz", "nowhere/*.nii.gz")):
+        here = dict(RANK=rank, WORLD_SIZE=2, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1, MASTER_ADDR="localhost", MASTER_PORT=port)
+        code = f"import os\nos.environ |= {({k: str(v) for k, v in here.items()})}\nimport pretrain, run\nrun.program(pretrain.main)"
+        machines.append(start(place, ["-c", code, *argv(place, name="machines", scans=scans)]))
+    try:
+        said = [machine.communicate(timeout=200)[0] for machine in machines]
+    finally:
+        for machine in machines:
+            if machine.poll() is None:
+                os.killpg(machine.pid, signal.SIGKILL)
+    assert [machine.returncode for machine in machines] == [1, 1]
+    assert all(line in text.splitlines()[-1] and "Traceback" not in text for text in said), said
+    assert ": waiting for the other machines" in said[0] and not (place / "runs/machines").exists()
+
+
 REFUSED = [
     (dict(token_patch=6), "token_patch = 6"), (dict(matching="some"), "matching ="), (dict(structure="some"), "structure ="),
     (dict(crop=(32, 32, 32), slab=(32, 32, 32)), "crop = (32, 32, 32)"), (dict(crop=(80, 64, 64), slab=(80, 64, 64)), "crop ="),
@@ -905,9 +924,10 @@ def test_ablations_are_switches(place, keys):
     assert [line[key] for key in TERMS] == pytest.approx(expected, rel=1e-4, abs=1e-6)
     after, start = last(run)["student"], before.state_dict()
     # what a switched-off term alone would train only decays, by both steps' rates: 1e-3 and 5e-4
-    idle = {(1, 0, 0): ("token_head.",), (0, 1, 0): ("global_head.", "encoder.stages.2.", "encoder.stages.3.")}
-    idle = idle.get(cfg.weights, ())
+    idle = {(1, 0, 0): ("token_head.",)}.get(cfg.weights, ("global_head.",) if not cfg.weights[0] else ())
     untaught = tuple(f"swin_unetr.{name}" for name in UNTAUGHT[cfg.token_patch])        # of the decoder: as they were
+    if not cfg.weights[0] and not cfg.decoder:              # nor what lies behind the tokens' map
+        untaught += ("encoder.stages.2.", "encoder.stages.3.")
     for key, value in start.items():
         decayed = value * (1 - 1e-4) * (1 - 5e-5) if value.ndim > 1 else value
         if key.startswith(untaught):
