@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 import weakref
 from pathlib import Path
 
@@ -153,10 +154,12 @@ def join(ranks, local, folder, first, prepare):
     if local == 0:
         try:
             prepare()
-        except SystemExit as error:                                 # the other machines must hear of it
+        except (SystemExit, Exception) as error:                    # the other machines must hear of it
             if ranks == 1:
                 raise
-            refused = str(error)
+            if (refused := foreseen(error)) is None:
+                traceback.print_exc()
+                refused = f"{type(error).__name__}: {error}"
     device = choose_device(local)
     cuda = device.type == "cuda"
     if cuda:

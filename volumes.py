@@ -62,7 +62,7 @@ def background_of(voxels):
 
 
 def header_doubts(path):
-    """Remarks on what the header of a scan leaves open or contradicts, and how it was read all the same."""
+    """[text]: what the header of a scan leaves open or contradicts, and how it was read all the same."""
     path = Path(path)
     if path.name.endswith((".nii", ".nii.gz")):
         return _nifti_doubts(nib.load(path))
@@ -462,15 +462,15 @@ def clipped(volume, cfg):
 
 
 def doubts_of(record, cfg):
-    """Remarks on a scan, by what the index holds of it, that may not be what its config takes it for."""
+    """[text]: how a scan, by what the index holds of it, may not be what its config takes it for."""
     said, used = [], record["window_used"]
     if record["few_values"]:
         said.append("few values, all whole, as of label maps: `exclude` them if they are no scans")
     if not (0.55 if cfg.intensity == "window" else 0.1) < min(used) <= max(used) < 50:
         said.append("values that hardly fit `window`: are it and `intensity` (by default for HU) of these "
                     "scans?")
-    elif record["clipped"] > 0.3:
-        said.append("of what is above `foreground` 30 % and more is above `window`, where all becomes 1: are "
+    elif record["clipped"] > 0.5:       # of CT under a window of 80 HU up to 0.48
+        said.append("of what is above `foreground` half and more is above `window`, where all becomes 1: are "
                     "they of these scans?")
     if (cfg.intensity == "zscore" and cfg.zscore_over != "volume"
             and cfg.foreground < 0 <= record["range"][0]):

@@ -34,12 +34,11 @@ def load(Config, argv):
     if "--help" in argv or "-h" in argv:
         print(explained(Config))
         raise SystemExit
-    for before, file in zip([""] + argv, argv):
-        if file.startswith("--"):
-            continue
-        key = before.removeprefix("--")
-        if before.startswith("--") and "=" not in before and not (key in fields and fields[key].type is bool):
-            raise SystemExit(f"{before} {file}: write overrides as {before}={file}")
+    for arg, after in zip(argv, [*argv[1:], "--"]):                 # before a value is taken for a file
+        switch = arg[2:] in fields and fields[arg[2:]].type is bool
+        if arg.startswith("--") and "=" not in arg and not switch:
+            raise SystemExit(f"{arg}: write overrides as {arg}={'VALUE' if after[:2] == '--' else after}")
+    for file in [arg for arg in argv if not arg.startswith("--")]:
         for key, value in read(file).items():
             if key not in fields and key in declared():
                 elsewhere.append(key)
@@ -49,10 +48,7 @@ def load(Config, argv):
         given["data"] = os.environ["S2DC_DATA"]
     for arg in [arg for arg in argv if arg.startswith("--")]:
         key, equals, text = arg[2:].partition("=")                  # the value may itself contain '='
-        if not equals:
-            if key not in fields or fields[key].type is not bool:
-                raise SystemExit(f"{arg}: write overrides as --{key}=VALUE")
-            text = "True"                                           # a bare --compile switches it on
+        text = text if equals else "True"                           # a bare --compile switches it on
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):

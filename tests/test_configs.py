@@ -112,8 +112,8 @@ def test_words_that_look_like_values_are_refused(file):
     assert "flag = 'false' is str" in ends("--flag=false")
     assert "flag = 'no' is str" in ends("--flag=no")
     assert ends("--steps") == "--steps: write overrides as --steps=VALUE"
-    assert ends("--steps", "5") == "--steps 5: write overrides as --steps=5"
-    assert ends("--name", "runs/a/encoder.pt") == "--name runs/a/encoder.pt: write overrides as --name=runs/a/encoder.pt"
+    assert ends("--steps", "5") == "--steps: write overrides as --steps=5"
+    assert ends("--name", "runs/a/encoder.pt") == "--name: write overrides as --name=runs/a/encoder.pt"
     assert ends("--flag", "nowhere/zzzz.py") == "nowhere/zzzz.py: no such config file; there are: none"
     assert ends("--epochs=5").endswith("'steps'?")
     assert "unknown config key 'fast'" in ends("--fast=1")

@@ -1863,12 +1863,12 @@ def test_what_is_doubtful_of_scans_is_said(tmp_path):
     # PET in Bq/ml with noise below 0 under the rule of CT: the values span the window, and most are cut off
     values["becquerels"] = np.where(smooth > 0.4, 20000 * smooth, 1) + 250 * np.random.default_rng(1).normal(size=smooth.shape)
     nifti(tmp_path / "becquerels.nii.gz", values["becquerels"].astype(np.float32))
-    assert said("becquerels")[0].startswith("of what is above `foreground` 30 % and more is above `window`")
+    assert said("becquerels")[0].startswith("of what is above `foreground` half and more is above `window`")
     assert said("becquerels", intensity="scale", window=(0.0, 20000.0), foreground=0.0) == []
     assert said("lost") == ["orientation unknown (sform_code and qform_code are 0): taken for LAS; 1 scans: lost"]
 
 
-def header_of(path, sform, pixdim=(1.5, 1.5, 5.0), qform=None, qfac=1):
+def header_of(path, sform, pixdim=(1.5, 1.5, 5.0), qform=None):
     """A NIfTI with these axes, (3, 3), whatever they say of each other; the codes are 1 of what is given."""
     image = nib.Nifti1Image(noise(8, 9, 10).astype(np.float32), None)
     image.header["pixdim"][1:4] = pixdim
@@ -1924,6 +1924,11 @@ def test_rules_are_checked_as_keys_are(tmp_path, rules, text):
     nifti(tmp_path / "a.nii.gz", noise(12, 12, 12))
     said = ends(open_scans, config(tmp_path, scans="*.nii.gz", rules=rules))
     assert said.startswith(text) and "\n" not in said
+
+
+def test_a_root_that_is_not_there_is_named(tmp_path):
+    said = ends(open_scans, config(tmp_path / "nowhere", scans="*.nii.gz"))
+    assert said.startswith(f"data = '{tmp_path}/nowhere': no such folder; give --data=..")
 
 
 def test_exclude_leaves_somebody(tmp_path):

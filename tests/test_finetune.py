@@ -666,3 +666,14 @@ def test_a_unetr_trains_starts_from_its_own_and_no_other(train, small):
             train("demo_segmentation", **more | dict(name="refused"))
     with pytest.raises(SystemExit, match="a UNETR classifies nothing"):
         train(network="unetr", name="refused")
+
+
+@pytest.mark.parametrize("config, keys, words", [
+    ("demo_translation", {}, ""), ("demo_translation", dict(jitter_shift=(0.5, 0.1)), "change the input and not"),
+    ("demo_reconstruction", dict(jitter_scale=(0.1, 0.1)), "change the input and not"),
+    ("demo_segmentation", dict(jitter_shift=(0.5, 0.1), flip=(0.0, 0.2, 0.2)), ""),
+    ("demo_segmentation", dict(flip=(0.2, 0.0, 0.0)), "mirrors left and right")])
+def test_moves_that_do_not_suit_the_task_are_said(config, keys, words):
+    lines = []
+    finetune.tell_moves(settings(config, finetune.Config, **keys), lines.append)
+    assert len(lines) == bool(words) and words in "".join(lines)

@@ -256,3 +256,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     faults = [int(subprocess.run([sys.executable, "-c", code, word], cwd=HERE, env=environment(HERE), text=True,
                                  capture_output=True, check=True).stdout) for word in ("keep", "plain")]
     assert faults[0] < 5000 < 9 * 2 ** 14 < faults[1]
+
+
+@pytest.mark.parametrize("bf16, kind, capability, found", [
+    (True, "cuda", (9, 0), "bfloat16"), (False, "cuda", (9, 0), "float32, convolutions in TF32"), (False, "cuda", (7, 5), "float32"),
+    (False, "cpu", (9, 0), "float32")])
+def test_the_log_says_what_products_are_computed_in(monkeypatch, bf16, kind, capability, found):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert run.products(bf16, torch.device(kind)) == found
